@@ -1,0 +1,61 @@
+"Sphinx reads nbs/ as it stands; nbdev's processors run over each notebook as it is read"
+import os,re
+from docutils import nodes
+from docutils.utils.math.latex2mathml import tex2mathml
+from fastcore.basics import patch
+from fastcore.docments import MarkdownRenderer
+from fastcore.nbio import mk_cell,nb2str,read_nb
+from nbdev.config import get_config
+from nbdev.processors import FilterDefaults
+from nbdev.showdoc import BasicMarkdownRenderer
+
+os.environ['IN_TEST'] = '1'
+cfg = get_config(__file__)
+project = html_title = cfg.lib_name
+version = cfg.version
+extensions = ['myst_nb']
+myst_enable_extensions = ['amsmath', 'dollarmath']
+nb_execution_mode = 'off'
+exclude_patterns = ['_*', '**/.*']
+suppress_warnings = ['myst.header']
+html_theme = 'furo'
+html_static_path = ['static']
+html_css_files = ['math.css']
+html_math_renderer = 'mathml'
+html_show_copyright = html_show_sphinx = html_copy_source = False
+toctree = '```{toctree}\n:hidden:\n:glob:\n\n*\nlayers/*\nmodels/*\nrecipes/*\ntutorials/*\n```'
+doc_link = re.compile(r'\(' + re.escape(cfg.doc_host + cfg.doc_baseurl.rstrip('/')) + r'/[^)\s]*\.html#([^)\s]+)\)')
+
+@patch
+def _repr_markdown_(self:BasicMarkdownRenderer):
+    return f"({self.nm.lower()})=\n{'#'*self.title_level} {self.nm}\n\n{MarkdownRenderer._repr_markdown_(self)}"
+
+def to_myst(cell):
+    "`show_doc` as Markdown, links to symbols as references, no directives"
+    if cell.cell_type=='code':
+        mds = [o.data['text/markdown'] for o in cell.outputs if 'text/markdown' in o.get('data',{})]
+        if cell.source.lstrip().startswith('#| echo: false') and mds:
+            cell.cell_type,cell.source = 'markdown',''.join(mds[0])
+            for k in ('outputs','execution_count','has_sd'): cell.pop(k, None)
+        else: cell.source = re.sub(r'^#\|.*\n?', '', cell.source, flags=re.M)
+    if cell.cell_type=='markdown': cell.source = doc_link.sub(r'(#\1)', cell.source)
+    cell.metadata.pop('execution', None)
+
+class Myst(FilterDefaults):
+    def procs(self): return [o for o in self.base_procs() if o.__name__ not in ('FrontmatterProc','insert_warning','add_fold')] + [to_myst]
+
+def read(app, docname, src):
+    if (p := app.env.doc2path(docname)).suffix != '.ipynb': return
+    nb = read_nb(p)
+    Myst()(nb)
+    if docname == app.config.root_doc: nb.cells.append(mk_cell(toctree, 'markdown'))
+    src[0] = nb2str(nb)
+
+def add_math(self, node, block=False):
+    self.body.append(tex2mathml(node.astext(), as_block=block))
+    raise nodes.SkipNode
+def add_math_block(self, node): add_math(self, node, True)
+
+def setup(app):
+    app.connect('source-read', read)
+    app.add_html_math_renderer('mathml', (add_math,None), (add_math_block,None))

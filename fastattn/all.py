@@ -1,0 +1,7 @@
+from .core import *
+from .layers.all import *
+from .models.all import *
+from .callback import *
+from .learner import *
+from .recipes.all import *
+from .bench import *

@@ -1,0 +1,2 @@
+from .insert import *
+from .xresnet import *

@@ -1,0 +1,273 @@
+"Simple self-attention against a float64 oracle, against fastai's layer, and in everything that is done to layers"
+import copy,io,pickle
+import numpy as np,pytest,torch
+import torch.nn.functional as F
+from fastai.layers import SimpleSelfAttention as FastaiSSA
+from hypothesis import given,settings,strategies as st
+from fastattn.layers.simple import *
+
+few = settings(deadline=None, derandomize=True, max_examples=40)
+sizes = st.integers(1, 6)
+
+def oracle(x, weight, gain, scale=False):
+    "The formula by loops over examples and positions; `x` (B, C, N), `weight` (C, C, ks)"
+    ks,n = weight.shape[-1],x.shape[-1]
+    res = []
+    for o in x:
+        padded = F.pad(o, (ks//2,ks//2))
+        wx = torch.stack([sum(weight[...,k]@padded[:,i+k] for k in range(ks)) for i in range(n)], 1)
+        res.append(o + gain * (o@o.T)@wx / (n if scale else 1))
+    return torch.stack(res) if len(res) else x + 0*gain
+
+def layer(c, gamma=0.1, **kwargs):
+    l = SimpleSelfAttention(c, **kwargs)
+    l.gamma.data.fill_(gamma)
+    return l
+
+def step(l, x, lr=1e-3):
+    l.train()(x).square().mean().backward()
+    with torch.no_grad():
+        for p in l.parameters(): p -= lr*p.grad
+    l.zero_grad()
+
+@few
+@given(b=st.integers(0, 3), c=sizes, grid=st.lists(sizes, min_size=1, max_size=3), ks=st.sampled_from([1,1,3,5]), scale=st.booleans(),
+    layout=st.sampled_from(['contiguous','channels last','sliced']))
+def test_oracle(b, c, grid, ks, scale, layout):
+    torch.manual_seed(b+10*c+100*ks)
+    x = torch.randn(b, c, *grid, dtype=torch.double)
+    if layout=='channels last': x = x.movedim(1, -1).contiguous().movedim(-1, 1)
+    if layout=='sliced': x = torch.randn(b, c, *grid, 2, dtype=torch.double)[...,0]
+    x = x.flatten(2).requires_grad_()
+    w,gain = torch.randn(c, c, ks, dtype=torch.double, requires_grad=True),torch.tensor([0.3], dtype=torch.double, requires_grad=True)
+    ys = simple_attention(x, w, gain, scale),oracle(x, w, gain, scale)
+    g = torch.randn_like(ys[0])
+    torch.testing.assert_close(*ys)
+    for a,b in zip(*(torch.autograd.grad(y, (x,w,gain), g, allow_unused=True, materialize_grads=True) for y in ys)): torch.testing.assert_close(a, b)
+
+@pytest.mark.parametrize('c,n', [(4,40), (4,4), (14,12), (40,2)])
+def test_every_order(c, n):
+    "Shapes that take each order, in float64, with gradients of gradients"
+    x,w = torch.randn(2, c, n, dtype=torch.double, requires_grad=True),torch.randn(c, c, 1, dtype=torch.double, requires_grad=True)
+    gain = torch.tensor(0.1, dtype=torch.double, requires_grad=True)
+    ys = simple_attention(x, w, gain),oracle(x, w, gain)
+    torch.testing.assert_close(*ys)
+    gs = [torch.autograd.grad(y.square().sum(), (x,gain), create_graph=True) for y in ys]
+    hs = [torch.autograd.grad(sum(o.square().sum() for o in g), (x,gain)) for g in gs]
+    for a,b in zip(*hs): torch.testing.assert_close(a, b)
+
+def test_orders_are_taken():
+    assert [cheapest_order(*o) for o in [(64,1024), (256,256), (256,225), (512,16)]]==['channel','channel','conv','position']
+    assert 'channel' not in multiply_adds(8, 8, ks=3)
+
+@pytest.mark.parametrize('c,n', [(16,64), (64,8)])
+def test_multiply_adds(c, n):
+    "What the hand-written order multiplies is what the table says; autograd's own may do one product of x xT more"
+    from torch.utils.flop_counter import FlopCounterMode,baddbmm_flop
+    x,w,gain = torch.randn(2, c, n, requires_grad=True),torch.randn(c, c, 1, requires_grad=True),torch.tensor(0.1, requires_grad=True)
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.baddbmm_: lambda *shapes, out_shape=None, **kw: baddbmm_flop(*shapes)}) as m: simple_attention(x, w, gain).sum().backward()
+    assert m.get_total_flops()==2*2*multiply_adds(c, n)[cheapest_order(c, n)]
+
+@few
+@given(c=st.integers(2, 12), grid=st.lists(sizes, min_size=1, max_size=3), ks=st.sampled_from([1,3]))
+def test_fastai(c, grid, ks):
+    "Outputs, gradients and buffers as fastai's layer from the same state, in training and in evaluation"
+    torch.manual_seed(c)
+    theirs,ours = FastaiSSA(c, ks),SimpleSelfAttention(c, ks)
+    theirs.gamma.data.fill_(0.1)
+    ours.load_state_dict(theirs.state_dict())
+    theirs,ours = theirs.double(),ours.double()
+    for mode in (True,True,False):
+        x = torch.randn(2, c, *grid, dtype=torch.double)
+        xs = [x.clone().requires_grad_() for _ in range(2)]
+        ys = [l.train(mode)(o) for l,o in zip((theirs,ours), xs)]
+        torch.testing.assert_close(*ys, rtol=1e-5, atol=1e-6)
+        for l,y in zip((theirs,ours), ys): l.zero_grad(); y.square().mean().backward()
+        for a,b in [xs, (theirs.conv.weight_orig,ours.weight), (theirs.gamma,ours.gamma)]: torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(theirs.conv.weight_u, ours.u, rtol=1e-4, atol=1e-6)
+
+def test_state_dicts():
+    "From fastai, from ours, to fastai; strict, with no other keys"
+    theirs,ours = FastaiSSA(8),layer(8)
+    assert not any(ours.load_state_dict(theirs.state_dict()))
+    assert not any(layer(8).load_state_dict(ours.state_dict()))
+    assert set(ours.state_dict())=={'weight','gamma','u','v'}
+    assert {k: v.shape for k,v in fastai_state_dict(ours).items()}=={k: v.shape for k,v in theirs.state_dict().items()}
+    with pytest.raises(RuntimeError, match='size mismatch'): layer(4).load_state_dict(theirs.state_dict())
+
+def test_fastai_sym_is_a_no_op_and_ours_is_not():
+    x = torch.randn(2, 8, 5, 5)
+    theirs = [FastaiSSA(8, sym=o) for o in (False,True)]
+    ours = [SimpleSelfAttention(8, sym=o) for o in (False,True)]
+    for ls in (theirs,ours):
+        for l in ls: l.load_state_dict(theirs[0].state_dict()); l.gamma.data.fill_(0.1)
+    assert torch.equal(theirs[0](x), theirs[1](x))
+    w = theirs[1].conv.weight[...,0]
+    assert (w-w.T).abs().max()>0.1
+    assert (ours[0](x)-ours[1](x)).abs().max()>0.1
+
+@pytest.mark.parametrize('ks', [1,3])
+def test_sym(ks):
+    "The convolution is its own adjoint: <Wx, y> = <x, Wy>, after any number of steps"
+    torch.manual_seed(0)
+    l = layer(6, 0.01, ks=ks, sym=True)
+    start = l.weight.clone()
+    for _ in range(20): step(l, torch.randn(4, 6, 5, 5))
+    assert (l.weight-start).abs().max()>1e-6
+    w = (l.kernel()/l.eval().sigma(l.kernel())).detach()
+    assert (w-w.transpose(0,1).flip(2)).abs().max()<1e-6
+    x,y = torch.randn(2, 1, 6, 9).unbind()
+    conv = lambda o: F.conv1d(o, w, padding=ks//2)
+    torch.testing.assert_close((conv(x)*y).sum(), (x*conv(y)).sum())
+
+def test_spectral_norm():
+    "1 after training steps, and nearly 1 at once; unchanged by evaluation"
+    torch.manual_seed(0)
+    l = layer(16)
+    def norm(): return torch.linalg.matrix_norm((l.kernel()/l.sigma(l.kernel()))[...,0], 2).item()
+    assert 1<=norm()+1e-6<1.1
+    for _ in range(300): l.train()(torch.randn(1, 16, 2, 2))
+    assert abs(norm()-1)<1e-4
+    u = l.eval().u.clone()
+    l(torch.randn(1, 16, 2, 2))
+    assert torch.equal(u, l.u)
+
+@pytest.mark.parametrize('size', [64,128,256,320])
+def test_scale(size):
+    "With `scale` the branch does not grow with the image, and fp16 does not overflow, forward or backward"
+    torch.manual_seed(0)
+    c,n = 64,size//4
+    l = layer(c, 1., scale=True).eval()
+    x = torch.randn(2, c, n, n)
+    assert 0.2<(l(x)-x).std()<3
+    xs = [(x*8).to(o).requires_grad_() for o in (torch.float32,torch.float16)]
+    ys = l(xs[0]),copy.deepcopy(l).half()(xs[1])
+    assert ys[1].isfinite().all()
+    assert (ys[0]-ys[1]).norm()/ys[0].norm()<5e-3
+    for y in ys: y.float().mean().backward()
+    assert xs[1].grad.isfinite().all()
+
+@pytest.mark.parametrize('c,n', [(1024,8), (8,64), (64,8)])
+@pytest.mark.parametrize('dtype', [torch.bfloat16,torch.float16])
+def test_autocast(c, n, dtype):
+    torch.manual_seed(0)
+    l = layer(c, 1e-3)
+    x = torch.randn(2, c, n, n)
+    def grads(autocast, x):
+        m,x = copy.deepcopy(l),x.clone().requires_grad_()
+        with torch.autocast('cpu', dtype, enabled=autocast): y = m(x)
+        assert y.dtype==x.dtype
+        y.square().mean().backward()
+        return [y,x.grad,m.weight.grad,m.gamma.grad]
+    for a,b in zip(grads(True, x), grads(False, x)): assert (a-b).norm()/b.norm()<0.03
+    low = grads(True, x.to(dtype))
+    assert all(o.isfinite().all() for o in low)
+
+def test_identity_at_init():
+    for dtype in (torch.float32,torch.bfloat16):
+        x = torch.randn(2, 8, 5, 7, dtype=dtype)
+        assert torch.equal(SimpleSelfAttention(8, dtype=dtype)(x), x)
+
+@pytest.mark.parametrize('sym', [False,True])
+@pytest.mark.parametrize('training', [True,False])
+def test_copies(sym, training):
+    "deepcopy and pickle after a training step compute the same and go on training the same"
+    l,x = layer(8, sym=sym),torch.randn(2, 8, 5, 5)
+    step(l, x)
+    copies = [copy.deepcopy(l),pickle.loads(pickle.dumps(l))]
+    y = l.train(training)(x)
+    for o in copies: assert torch.equal(o.train(training)(x), y)
+
+@pytest.mark.parametrize('n', [8,4,2])
+def test_compile(n):
+    l,x = layer(16, sym=True),torch.randn(2, 16, n, n)
+    l(x)
+    results = []
+    for f in (o:=copy.deepcopy(l)),torch.compile(p:=copy.deepcopy(l), fullgraph=True, backend='aot_eager'):
+        for _ in range(2): y = f(x)
+        y.square().mean().backward()
+        results.append(y)
+    torch.testing.assert_close(*results)
+    torch.testing.assert_close(o.u, p.u)
+    torch.testing.assert_close(o.weight.grad, p.weight.grad)
+
+@pytest.mark.parametrize('n', [8,2])
+def test_export(n):
+    l,x = layer(16, sym=True),torch.randn(2, 16, n, n)
+    step(l, x)
+    ep = torch.export.export(l.eval(), (x,), dynamic_shapes=({0: torch.export.Dim('batch')},))
+    x = torch.randn(5, 16, n, n)
+    torch.testing.assert_close(ep.module()(x), l(x))
+
+@pytest.mark.parametrize('n', [8,2])
+def test_onnx(n, tmp_path):
+    ort = pytest.importorskip('onnxruntime')
+    pytest.importorskip('onnxscript')
+    l,x = layer(16, sym=True),torch.randn(2, 16, n, n)
+    step(l, x)
+    torch.onnx.export(l.eval(), (x,), tmp_path/'l.onnx', dynamo=True, verbose=False)
+    session = ort.InferenceSession(tmp_path/'l.onnx')
+    out, = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    np.testing.assert_allclose(out, l(x).detach().numpy(), rtol=1e-4, atol=1e-5)
+
+@pytest.mark.parametrize('shape', [(2,8,6,6), (2,8,2,2)])
+def test_channels_last(shape):
+    l,x = layer(8),torch.randn(shape)
+    y = copy.deepcopy(l)(x.to(memory_format=torch.channels_last))
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(y, l(x))
+
+def test_two_forwards_then_buffers_overwritten():
+    "What DistributedDataParallel does: buffers are written to between forward and backward"
+    for training in (True,False):
+        l,x = layer(8).train(training),torch.randn(2, 8, 4, 4)
+        y = l(x)+l(x)
+        for b in l.buffers(): b.copy_(b.clone())
+        y.sum().backward()
+
+def test_double_backward_through_layer():
+    l,x = layer(4).double().eval(),torch.randn(1, 4, 3, 3, dtype=torch.double, requires_grad=True)
+    assert torch.autograd.gradgradcheck(l, x)
+
+def test_functional_transforms():
+    l,x = layer(4).eval(),torch.randn(3, 2, 4, 3, 3)
+    torch.testing.assert_close(torch.func.vmap(l)(x), torch.stack([l(o) for o in x]))
+
+def test_tensor_image():
+    "fastai's models see fastai's tensors"
+    from fastai.torch_core import TensorImage
+    x = TensorImage(torch.randn(2, 8, 5, 5))
+    l = layer(8)
+    y = l(x)
+    y.mean().backward()
+    torch.testing.assert_close(torch.Tensor(y), copy.deepcopy(l).eval()(torch.Tensor(x)), rtol=1e-2, atol=1e-2)
+
+def test_meta_device_and_dtype():
+    assert SimpleSelfAttention(8, device='meta').weight.device.type=='meta'
+    assert SimpleSelfAttention(8, dtype=torch.double)(torch.randn(1, 8, 3, dtype=torch.double)).dtype==torch.double
+
+def test_seed():
+    def make():
+        torch.manual_seed(3)
+        return layer(8)(torch.randn(2, 8, 4, 4))
+    assert torch.equal(make(), make())
+
+@pytest.mark.parametrize('kwargs,message', [(dict(n_in=0), 'n_in'), (dict(n_in=8, ks=2), 'ks must be odd'), (dict(n_in=8, ks=-1), 'ks must be odd')])
+def test_bad_arguments(kwargs, message):
+    with pytest.raises(ValueError, match=message): SimpleSelfAttention(**kwargs)
+
+@pytest.mark.parametrize('shape', [(2,4,3,3), (2,8), (8,)])
+def test_bad_input(shape):
+    with pytest.raises(ValueError, match='n_in=8'): SimpleSelfAttention(8)(torch.randn(shape))
+
+def test_memory_kept_for_backward():
+    "Beside its input the layer keeps small matrices only"
+    l,x = layer(8),torch.randn(2, 8, 32, 32, requires_grad=True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t): l(x)
+    others = {t.data_ptr(): t.numel() for t in kept if t.untyped_storage().data_ptr()!=x.untyped_storage().data_ptr()}
+    assert sum(others.values())<x.numel()/4
+
+def test_timm_builds_it():
+    from timm.layers import create_attn
+    assert create_attn(SimpleSelfAttention, 8, device='meta', dtype=torch.half).weight.dtype==torch.half

@@ -1,0 +1,142 @@
+"The command: variants, paired seeds, files, pictures, and mistakes that end before any training"
+import json,os,subprocess,sys
+import pytest,torch
+from PIL import Image
+from fastai.basics import set_seed
+from fastattn.recipes import train as mod
+from fastattn.recipes.train import *
+
+def quick(tmp_path, **kwargs): return train('digits', **{**dict(size=8, epochs=1, out=str(tmp_path/'runs')), **kwargs})
+def steps(config, n=3):
+    "Losses of the first steps, and the batches' labels"
+    learn,losses,ys = build_learner(config, 1, 0),[],[]
+    opt = torch.optim.SGD(learn.model.parameters(), 1e-2)
+    for _,(x,y) in zip(range(n), learn.dls.train):
+        x,y = (o.as_subclass(torch.Tensor) for o in (x,y))
+        loss = learn.loss_func(learn.model(x), y)
+        loss.backward()
+        opt.step()
+        opt.zero_grad()
+        losses.append(loss.item())
+        ys.append(y)
+    return losses,torch.cat(ys)
+
+def test_variants():
+    assert [o['attn'] for o in variants()]==['none','ssa']
+    assert variants()[0]['size']==32 and variants('imagenette')[0]['size']==128
+    assert variants('imagenette')[0]['lr']==variants('some/folder')[0]['lr']==8e-3
+    sweep = variants(arch=['xresnet18','xresnet50'], attn=['none','ssa'], stages=['1','2'], lr=[1e-3,1e-2], opt=['sgd','adam'])
+    assert len(sweep)==2*3*2*2
+    assert 'sqr_mom' not in sweep[0] and 'sqr_mom' in sweep[-1]
+
+def test_names():
+    "The same in every sweep; different for whatever differs; good for a file system"
+    sweep = variants(attn=['none','ssa'], stages=['1','1,2'], lr=[1e-3,4e-3], opt=['sgd','ranger'], mixup=[0.,0.4])
+    names = [variant_name(o) for o in sweep]
+    assert len(set(names))==len(names)
+    assert variant_name(variants(attn='ssa')[0])==variant_name(variants(attn=['none','ssa'])[1])
+    assert 'stages1,2' in variant_name(variants(attn='ssa', stages='1,2')[0])
+    assert not any(c in o for o in names for c in ' /:*')
+
+def test_run_files(tmp_path):
+    runs = quick(tmp_path, runs=2, seed=3)
+    files = sorted((tmp_path/'runs').rglob('*.json'))
+    assert [f.name for f in files]==['seed3.json','seed4.json']*2
+    assert {f.parents[1].name for f in files}=={'digits-8-1'}
+    for r in runs:
+        assert json.loads(run_path(tmp_path/'runs', r['config'], r['seed']).read_text())==r
+        assert r['state']=='done' and len(r['epochs'])==1 and r['accuracy']==r['epochs'][-1]['accuracy']
+        assert set(r['epochs'][0])=={'epoch','train_loss','valid_loss','accuracy','time'}
+        assert {'fastattn','fastai','torch'}<=set(r['versions']) and r['params']>1e6 and r['time_s']>0 and r['device']
+    assert runs[1]['params']-runs[0]['params']==64*64+1
+    with Image.open(tmp_path/'runs'/'digits-8-1'/'curves.png') as im: assert im.size[0]>500
+    assert not list((tmp_path/'runs').rglob('.*'))
+
+def test_done_is_done(tmp_path, monkeypatch):
+    a = quick(tmp_path, attn='none')
+    monkeypatch.setattr(mod, 'LabelSmoothingCrossEntropy', None) # would fail if it were to train
+    monkeypatch.setattr(mod, 'build_learner', lambda *args: None)
+    assert quick(tmp_path, attn='none')==a
+
+def test_unfinished_is_run_again(tmp_path):
+    a, = quick(tmp_path, attn='none')
+    f = run_path(tmp_path/'runs', a['config'], 0)
+    f.write_text(json.dumps({**a, 'state': 'running', 'accuracy': 0}))
+    b, = quick(tmp_path, attn='none')
+    assert b['state']=='done' and b['accuracy']==a['accuracy'] and b['epochs'][0]['train_loss']==a['epochs'][0]['train_loss']
+
+def test_paired():
+    "The baseline and attention at gamma 0 see the same data and lose the same at first; another seed differs"
+    none,ssa = variants(size=16)
+    (a,ya),(b,yb) = steps(none),steps(ssa)
+    assert torch.equal(ya, yb)
+    assert a[0]==b[0]
+    set_seed(99)
+    assert steps(none)[0]==a
+
+def test_same_seed_same_result(tmp_path):
+    a,b = (quick(tmp_path/o, attn='ssa')[0] for o in 'ab')
+    for k in ('train_loss','valid_loss','accuracy'): assert a['epochs'][0][k]==b['epochs'][0][k]
+
+@pytest.mark.parametrize('kwargs', [dict(bf16=True), dict(channels_last=True), dict(bf16=True, channels_last=True), dict(mixup=0.4), dict(opt='sgd', lr=0.1),
+    dict(opt='adam', eps=1e-4), dict(opt='rmsprop', lr=1e-3), dict(act='GELU', pool='MaxPool', size=32), dict(attn='eca', stages='2,3', blocks='0,-1'), dict(arch='xresnet18_deep', attn='ssa_sym', stages='6')])
+def test_options(tmp_path, kwargs):
+    run = quick(tmp_path, **{**dict(attn='ssa'), **kwargs})[0]
+    assert run['state']=='done' and 0<=run['accuracy']<=1
+
+@pytest.mark.filterwarnings('ignore')
+def test_nan(tmp_path, capsys):
+    "A run that diverges is marked as failed, with its epoch; the sweep goes on"
+    bad,good = quick(tmp_path, attn='none', lr=[1e30,1e-3], opt='sgd', epochs=2)
+    assert bad['state']=='failed' and 'epoch 0' in bad['error']
+    assert good['state']=='done'
+    assert 'failed' in capsys.readouterr().out
+    json.loads(run_path(tmp_path/'runs', bad['config'], 0).read_text())
+
+def test_interrupted(tmp_path, monkeypatch):
+    "What is there when one presses Ctrl-C is not taken for done"
+    def stop(self): raise KeyboardInterrupt
+    monkeypatch.setattr(RunFile, 'before_epoch', stop)
+    with pytest.raises(KeyboardInterrupt): quick(tmp_path)
+    f, = (tmp_path/'runs').rglob('*.json')
+    assert json.loads(f.read_text())['state']=='running'
+
+def test_dump(tmp_path, capsys):
+    quick(tmp_path, dump=True, attn='ssa')
+    assert 'SimpleSelfAttention' in capsys.readouterr().out
+    assert not list((tmp_path/'runs').iterdir())
+
+@pytest.mark.filterwarnings('ignore')
+def test_lr_find(tmp_path, capsys):
+    quick(tmp_path, lr_find=True, attn='ssa', size=8)
+    assert 'learning rate' in capsys.readouterr().out
+    assert [f.name for f in (tmp_path/'runs'/'digits-8-1').glob('*/*')]==['lr_find.png']
+
+@pytest.mark.parametrize('kwargs,message', [(dict(data='digit'), "Did you mean 'digits'"), (dict(arch='xresnet19'), "Did you mean 'xresnet18'"),
+    (dict(attn=['none','sas']), "Did you mean 'sa'"), (dict(stages='9'), 'from 1 to 4'), (dict(stages='x'), 'whole numbers'), (dict(blocks='5'), 'indices from -2 to 1'),
+    (dict(blocks='lats'), "Did you mean 'last'"), (dict(opt='rangers'), "Did you mean 'ranger'"), (dict(opt='sgd', sqr_mom=0.9), 'unknown option for xresnet18 with sgd'),
+    (dict(act='mish'), "Did you mean 'Mish'"), (dict(pool='Avg'), 'pooling'), (dict(epochs=0), 'epochs must be at least 1'), (dict(size=-1), 'size must be'), (dict(bs=1), 'bs must be'),
+    (dict(lr=0.), 'lr must be positive'), (dict(runs=0), 'runs must be'), (dict(fp16=True, bf16=True), 'choose one'), (dict(wd=-1.), 'wd must be'), (dict(mixup=-1.), 'mixup must be')])
+def test_bad(tmp_path, kwargs, message):
+    with pytest.raises(ValueError, match=message): train(**{**dict(out=str(tmp_path/'runs')), **kwargs})
+    assert not list(tmp_path.rglob('*.json'))
+
+def test_out_is_a_file(tmp_path):
+    (tmp_path/'f').write_text('')
+    with pytest.raises(ValueError, match='cannot be written'): quick(tmp_path, out=str(tmp_path/'f'))
+
+@pytest.mark.skipif(os.name=='nt' or os.geteuid()==0, reason='root may write anywhere')
+def test_out_is_read_only(tmp_path):
+    (tmp_path/'r').mkdir(mode=0o500)
+    with pytest.raises(ValueError, match='cannot be written'): quick(tmp_path, out=str(tmp_path/'r'))
+
+def cli(*args, cwd): return subprocess.run([sys.executable, '-W', 'ignore', '-c', 'import sys; from fastattn.recipes.train import train; from fastcore.script import _run_cli; '
+    "sys.argv[0]='fastattn-train'; _run_cli(train.__wrapped__, False, ['data'])", *args], cwd=cwd, capture_output=True, text=True)
+
+def test_command_line(tmp_path):
+    "As from a terminal: words after an option are several values; what is wrong is one line and an exit code"
+    r = cli('digits', '--size', '8', '--epochs', '1', '--attn', 'none', 'ssa_sym', '--lr', '1e-3', '--out', 'x', cwd=tmp_path)
+    assert r.returncode==0, r.stderr
+    assert len(list((tmp_path/'x').rglob('*.json')))==2 and 'accuracy' in r.stdout
+    bad = cli('--attn', 'sssa', cwd=tmp_path)
+    assert bad.returncode!=0 and 'Traceback' not in bad.stderr and "Did you mean 'ssa'?" in bad.stderr
