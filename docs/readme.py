@@ -14,8 +14,14 @@ def rebase(cell):
     "Relative links of the notebook, as seen from the README's folder"
     if cell.cell_type=='markdown': cell.source = re.sub(r'\]\((?![a-z]+:|[#/])', f']({cfg.nbs_path.name}/', cell.source)
 
+def results(cell):
+    "Of a cell with `#| echo: false`, what it says in Markdown, without the code that says it"
+    if cell.cell_type!='code' or not cell.source.lstrip().startswith('#| echo: false'): return
+    cell.cell_type,cell.source = 'markdown','\n'.join(''.join(o.data['text/markdown']) for o in cell.outputs if 'text/markdown' in o.get('data',{}))
+    for k in ('outputs','execution_count'): cell.pop(k, None)
+
 def readme():
-    p = NBProcessor(cfg.nbs_path/cfg.readme_nb, [hide_line, filter_stream_, rm_header_dash, rm_export, clean_magics, hide_, rebase])
+    p = NBProcessor(cfg.nbs_path/cfg.readme_nb, [hide_line, filter_stream_, rm_header_dash, rm_export, clean_magics, hide_, results, rebase])
     p.process()
     nb = nbformat.reads(nb2str(p.nb), as_version=4)
     nb.metadata.language_info = dict(name='python')

@@ -17,7 +17,7 @@ from fastcore.foundation import L
 from .callback import NoWeightDecay
 from .models.xresnet import attn_xresnet
 
-# %% ../nbs/02_learner.ipynb #18d60223
+# %% ../nbs/02_learner.ipynb #2b296b88
 _metrics = {CrossEntropyLossFlat: accuracy, BCEWithLogitsLossFlat: accuracy_multi}
 
 def _n_out(dls):
@@ -39,7 +39,7 @@ def ssa_learner(
     c_in:int=None, # Number of input channels; by default from the data
     **kwargs # `Learner`'s: loss_func, opt_func, lr, metrics, cbs, path, wd, ...; all others are the xresnet's: act_cls, ndim, widen, ...
 )->Learner:
-    "A Learner with an xresnet with attention; gains do not decay"
+    "A Learner with an xresnet with attention; gains do not decay. A `ValueError` for unknown names, options, stages or blocks"
     ours = {k: kwargs.pop(k) for k in list(kwargs) if k in inspect.signature(Learner.__init__).parameters}
     c_in = ifnone(c_in, dls.valid.do_item(0)[0].shape[0])
     model = attn_xresnet(arch, attn, stages, blocks, n_out=n_out or _n_out(dls), c_in=c_in, **kwargs)

@@ -229,6 +229,16 @@ def test_double_backward_through_layer():
     l,x = layer(4).double().eval(),torch.randn(1, 4, 3, 3, dtype=torch.double, requires_grad=True)
     assert torch.autograd.gradgradcheck(l, x)
 
+@pytest.mark.parametrize('needs', ['x','w','gain'])
+@pytest.mark.parametrize('n', [12,2])
+def test_double_backward_of_some(needs, n):
+    "Gradients of gradients where only some of the inputs have gradients"
+    ts = dict(x=torch.randn(2, 5, n).double(), w=torch.randn(5, 5, 1).double(), gain=torch.tensor(0.3).double())
+    t = ts[needs].requires_grad_()
+    gs = [torch.autograd.grad(f(**ts).square().sum(), t, create_graph=True)[0].square().sum() for f in
+        (lambda x, w, gain: simple_attention(x, w, gain), lambda x, w, gain: oracle(x, w, gain))]
+    torch.testing.assert_close(*[torch.autograd.grad(g, t)[0] for g in gs])
+
 def test_functional_transforms():
     l,x = layer(4).eval(),torch.randn(3, 2, 4, 3, 3)
     torch.testing.assert_close(torch.func.vmap(l)(x), torch.stack([l(o) for o in x]))

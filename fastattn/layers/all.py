@@ -1,1 +1,2 @@
 from .simple import *
+from .projection import *

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 import torch.nn.functional as F
 
-# %% ../../nbs/layers/00_simple.ipynb #d84fb7f9
+# %% ../../nbs/layers/00_simple.ipynb #9c69385d
 def multiply_adds(
     c:int, # Channels, C
     n:int, # Positions, N
@@ -21,7 +21,7 @@ def multiply_adds(
     if ks>1: costs.pop('channel')
     return costs
 
-# %% ../../nbs/layers/00_simple.ipynb #ab85d7f9
+# %% ../../nbs/layers/00_simple.ipynb #109ffdd3
 def cheapest_order(
     c:int, # Channels, C
     n:int, # Positions, N
@@ -33,7 +33,7 @@ def cheapest_order(
         if costs[order]<costs[best]: best = order
     return best
 
-# %% ../../nbs/layers/00_simple.ipynb #97bd3816
+# %% ../../nbs/layers/00_simple.ipynb #11086288
 def _mean_bmm(a, b, n): return torch.baddbmm(a.new_empty(()), a, b, beta=0, alpha=1/max(n,1))
 
 def _add_bmm_(x, p, q):
@@ -41,7 +41,7 @@ def _add_bmm_(x, p, q):
     if x.dtype!=p.dtype: return x.add_(p@q)
     return x.mT.baddbmm_(q.mT, p.mT).mT if x.stride(1)==1 else x.baddbmm_(p, q)
 
-# %% ../../nbs/layers/00_simple.ipynb #cbf9d463
+# %% ../../nbs/layers/00_simple.ipynb #caf27124
 class _ChannelOrder(torch.autograd.Function):
     "`x + factor ((x xT / N) w) x`; with it the two matrices that backward needs"
     generate_vmap_rule = True
@@ -64,10 +64,11 @@ class _ChannelOrder(torch.autograd.Function):
         (b,c,n),h,gh = x.shape,x.to(w.dtype),g.to(w.dtype)
         if torch.is_grad_enabled():
             y = _add_bmm_(x.clone(), factor*(_mean_bmm(h, h.mT, n)@w), h)
-            return torch.autograd.grad(y, (x,w,factor), g, create_graph=True, allow_unused=True)
+            grads = iter(torch.autograd.grad(y, [o for o in (x,w,factor) if o.requires_grad], g, create_graph=True))
+            return tuple(next(grads) if o.requires_grad else None for o in (x,w,factor))
         dx,dw = g.clone(),w.new_zeros((c,c), dtype=factor.dtype)
-        step = b if x.is_cuda else max(1, 2**17//c**2)
-        for i in range(0, b, max(1,step)):
+        step = max(1, b if x.is_cuda or torch.compiler.is_compiling() else 2**17//c**2)
+        for i in range(0, b, step):
             o = slice(i, i+step)
             d = _mean_bmm(gh[o], h[o].mT, n)
             dw += s[o].flatten(0,1).T@d.flatten(0,1)
@@ -76,7 +77,7 @@ class _ChannelOrder(torch.autograd.Function):
             _add_bmm_(dx[o], d+d.mT, h[o])
         return dx, (factor*n*dw).to(w.dtype), n*(dw*w).sum()
 
-# %% ../../nbs/layers/00_simple.ipynb #36cb3be7
+# %% ../../nbs/layers/00_simple.ipynb #bcdf760e
 def simple_attention(
     x:torch.Tensor, # (B, C, N), floating point
     weight:torch.Tensor, # (C, C, ks): a convolution's weight over the flattened positions, `ks` odd
@@ -94,7 +95,7 @@ def simple_attention(
     if order=='conv': return _add_bmm_(x.clone(), factor*_mean_bmm(h, h.mT, n), wh)
     return _add_bmm_(x.clone(), h, factor*_mean_bmm(h.mT, wh, n))
 
-# %% ../../nbs/layers/00_simple.ipynb #92e19eb4
+# %% ../../nbs/layers/00_simple.ipynb #bd12ec5a
 @torch.no_grad()
 def power_iteration(
     w:torch.Tensor, # A matrix (I, J)
@@ -107,9 +108,10 @@ def power_iteration(
         u = F.normalize(w@v, dim=0, eps=1e-12)
     return u,v
 
-# %% ../../nbs/layers/00_simple.ipynb #896307c8
+# %% ../../nbs/layers/00_simple.ipynb #2801a1f2
 class SimpleSelfAttention(nn.Module):
-    "`x + gamma (x xT)(W x)` with spectrally normalised `W`: [sdoria's layer](https://github.com/sdoria/SimpleSelfAttention), as in fastai"
+    """`x + gamma (x xT)(W x)` on `x` (B, C, *grid), with spectrally normalised `W`: [sdoria's layer](https://github.com/sdoria/SimpleSelfAttention), as in fastai.
+    A `ValueError` if `n_in` or `ks` cannot be, or if an input has other than `n_in` channels"""
     def __init__(self,
         n_in:int, # Channels of the input, C
         ks:int=1, # Kernel size of the convolution with W, over the flattened grid; odd
@@ -171,7 +173,7 @@ class SimpleSelfAttention(nn.Module):
 
 _fastai_names = dict(weight='conv.weight_orig', u='conv.weight_u', v='conv.weight_v')
 
-# %% ../../nbs/layers/00_simple.ipynb #9b288889
+# %% ../../nbs/layers/00_simple.ipynb #aa9e8bdd
 def fastai_state_dict(
     model:nn.Module # A layer, or any model with such layers in it
 )->dict: # Its state dict, with fastai's names

@@ -14,7 +14,7 @@ from torch import nn
 from ..core import check_name
 from ..layers.simple import SimpleSelfAttention
 
-# %% ../../nbs/models/00_insert.ipynb #1de227bc
+# %% ../../nbs/models/00_insert.ipynb #ce378959
 _timm_attns = 'se ese eca ecam ceca gc gca cbam lcbam coord scoord ela strip sk splat lambda nl'.split()
 
 attns = {
@@ -24,14 +24,14 @@ attns = {
     'sa': SelfAttention,
     **{o: partial(create_attn, o) for o in _timm_attns}}
 
-# %% ../../nbs/models/00_insert.ipynb #8aade7a9
+# %% ../../nbs/models/00_insert.ipynb #d6578d18
 def stages_of(
     model:nn.Module # A model with fastai's `ResBlock`s
 )->list: # One list of blocks for each stage
     "The stages of `model`, in order"
     return [list(m) for m in model.modules() if isinstance(m, nn.Sequential) and len(m) and all(isinstance(b, ResBlock) for b in m)]
 
-# %% ../../nbs/models/00_insert.ipynb #3219f4a3
+# %% ../../nbs/models/00_insert.ipynb #bd5bc3ac
 def _listify(o): return list(o) if isinstance(o, Collection) and not isinstance(o, str) else [o]
 
 def _pick_stages(found, stages):
@@ -49,7 +49,7 @@ def _pick_blocks(stage, n, blocks):
             raise ValueError(f"blocks must be 'last', 'first', 'all' or indices from {-n} to {n-1} in stage {stage}, which has {n}; got {b!r}")
     return dict.fromkeys(b%n for b in blocks)
 
-# %% ../../nbs/models/00_insert.ipynb #0d41f7f6
+# %% ../../nbs/models/00_insert.ipynb #16baf7b5
 def _channels(block): return [m.out_channels for m in block.convpath.modules() if hasattr(m, 'out_channels')][-1]
 
 def _make(attn, block):
@@ -64,7 +64,8 @@ def insert_attn(
     stages=1, # One stage or several, counted from 1
     blocks='last' # 'last', 'first', 'all', or one index or several within each stage
 )->nn.Module: # `model`
-    "Put `attn` at the end of the residual branch of the chosen blocks of `model`; 'none' changes nothing"
+    """Put `attn` at the end of the residual branch of the chosen blocks of `model`; 'none' changes nothing.
+    A `ValueError` for an unknown name, a stage or block that is not there, or a block that has this attention already leaves `model` as it was"""
     if isinstance(attn, str): attn = attns[check_name(attn, attns, 'attention')]
     elif attn is not None and not callable(attn): raise TypeError(f"attn must be a name or a callable, got {attn!r}")
     found = stages_of(model)

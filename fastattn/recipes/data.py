@@ -6,17 +6,18 @@
 __all__ = ['datasets', 'digits_dls', 'fetch_data', 'mnist_dls', 'cifar10_dls', 'imagenette_dls', 'imagewoof_dls', 'check_images',
            'folder_dls', 'get_dls']
 
-# %% ../../nbs/recipes/00_data.ipynb #bba94900
+# %% ../../nbs/recipes/00_data.ipynb #22d6cf90
 import numpy as np
-from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from operator import attrgetter
 from PIL import Image
 from fastai.vision.all import *
+from concurrent.futures import ThreadPoolExecutor
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from ..core import check_name
 
-# %% ../../nbs/recipes/00_data.ipynb #3d8029fd
+# %% ../../nbs/recipes/00_data.ipynb #4b07654e
 def _digit(pixels, label, size):
     im = Image.fromarray(np.round(pixels*255/16).astype(np.uint8)).resize((size,size), Image.Resampling.BILINEAR)
     im = PILImageBW(im)
@@ -37,7 +38,7 @@ def digits_dls(
         item_tfms=Resize(size, ResizeMethod.Squish), batch_tfms=Normalize.from_stats([px.mean()], [px.std()]))
     return block.dataloaders(ims, bs=bs, num_workers=workers)
 
-# %% ../../nbs/recipes/00_data.ipynb #eaa02ba2
+# %% ../../nbs/recipes/00_data.ipynb #71046f28
 def fetch_data(
     url:str # One of fastai's `URLs`
 )->Path: # The folder with the data
@@ -71,7 +72,7 @@ def cifar10_dls(
     return _image_folder(fetch_data(URLs.CIFAR), size, bs, workers, GrandparentSplitter('train', 'test'), PILImage,
         [Resize(size, ResizeMethod.Squish), CropPad(size+size//4, PadMode.Reflection), RandomCrop(size), FlipItem(0.5)], Normalize.from_stats(*cifar_stats))
 
-# %% ../../nbs/recipes/00_data.ipynb #383a34d2
+# %% ../../nbs/recipes/00_data.ipynb #c467186a
 def _photos(path, size, bs, workers, splitter):
     return _image_folder(path, size, bs, workers, splitter, PILImage, [RandomResizedCrop(size, min_scale=0.35), FlipItem(0.5)],
         Normalize.from_stats(*imagenet_stats))
@@ -96,8 +97,10 @@ def imagewoof_dls(
     "Imagewoof: photos of ten breeds of dogs, which are not"
     return _imagenette('IMAGEWOOF', size, bs, workers)
 
-# %% ../../nbs/recipes/00_data.ipynb #4fe32393
-def _opens(fn):
+# %% ../../nbs/recipes/00_data.ipynb #d9256c93
+@lru_cache(maxsize=None)
+def _opens(fn, mtime):
+    "Does the image open? A file is looked at once, unless it changes"
     try:
         with Image.open(fn) as im:
             im.draft(im.mode, (32,32))
@@ -111,7 +114,7 @@ def check_images(
     "Raise a `ValueError` that names the images below `path` that do not open"
     fns = get_image_files(path)
     with ThreadPoolExecutor(8) as ex:
-        opens = ex.map(_opens, fns)
+        opens = ex.map(_opens, fns, [o.stat().st_mtime_ns for o in fns])
         if len(fns)>1000: opens = progress_bar(opens, total=len(fns), leave=False)
         bad = [str(f) for f,ok in zip(fns, opens) if not ok]
     if bad: raise ValueError(f"{len(bad)} of {len(fns)} images cannot be read: {', '.join(bad[:10])}{', ...' if len(bad)>10 else ''}")
@@ -148,7 +151,7 @@ def folder_dls(
     check_images(path)
     return _photos(path, size, bs, workers, splitter)
 
-# %% ../../nbs/recipes/00_data.ipynb #18c98766
+# %% ../../nbs/recipes/00_data.ipynb #6e107336
 datasets = dict(digits=digits_dls, mnist=mnist_dls, cifar10=cifar10_dls, imagenette=imagenette_dls, imagewoof=imagewoof_dls)
 _sizes = dict(digits=32, mnist=28, cifar10=32)
 
@@ -158,7 +161,8 @@ def get_dls(
     bs:int=64, # Batch size
     workers:int=None # Processes that load data (default: digits none, others one for each CPU, at most 8)
 )->DataLoaders:
-    "`DataLoaders` of a data set; their `path` is the folder of the images, if there is one"
+    """`DataLoaders` of a data set; their `path` is the folder of the images, if there is one.
+    A `ValueError` for an unknown name or unusable images, a `FileNotFoundError` if the data are not there and cannot be fetched"""
     name = str(data)
     size,workers = ifnone(size, _sizes.get(name, 128)),ifnone(workers, 0 if name=='digits' else min(8, num_cpus()))
     for k,v,low in (('size',size,1), ('bs',bs,1), ('workers',workers,0)):

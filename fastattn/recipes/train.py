@@ -6,8 +6,9 @@
 __all__ = ['recipes', 'opt_funcs', 'acts', 'pools', 'builders', 'build_xresnet', 'variants', 'variant_name', 'run_path',
            'RunFile', 'build_learner', 'read_done', 'train_run', 'runs_table', 'plot_curves', 'train']
 
-# %% ../../nbs/recipes/01_train.ipynb #4b2ca82e
+# %% ../../nbs/recipes/01_train.ipynb #180b53f1
 import fastai,hashlib,json,math,platform,sys,time,timm,torch
+from contextlib import suppress
 from datetime import datetime,timezone
 from functools import partial
 from itertools import product
@@ -28,7 +29,7 @@ from ..learner import ssa_learner
 from ..models.xresnet import archs
 from .data import get_dls,datasets
 
-# %% ../../nbs/recipes/01_train.ipynb #ce4b5184
+# %% ../../nbs/recipes/01_train.ipynb #c8aa19b6
 recipes = dict(
     digits=dict(size=32, epochs=5, lr=4e-3),
     mnist=dict(size=28, epochs=3, lr=4e-3),
@@ -38,7 +39,7 @@ recipes = dict(
 
 _common = dict(bs=64, wd=1e-2, mixup=0., precision='fp32', channels_last=False)
 
-# %% ../../nbs/recipes/01_train.ipynb #46d956ae
+# %% ../../nbs/recipes/01_train.ipynb #8f4f55a3
 opt_funcs = dict(
     ranger=(ranger, dict(mom=0.95, sqr_mom=0.99, eps=1e-6, beta=0.)),
     adam=(Adam, dict(mom=0.9, sqr_mom=0.99, eps=1e-5)),
@@ -48,7 +49,7 @@ opt_funcs = dict(
 acts = {o.__name__: o for o in (nn.Mish, nn.ReLU, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU)}
 pools = {o.__name__: o for o in (AvgPool, MaxPool)}
 
-# %% ../../nbs/recipes/01_train.ipynb #b76c7905
+# %% ../../nbs/recipes/01_train.ipynb #0840cb5d
 def _ints(o): return [int(i) if i.lstrip('-').isdigit() else i for i in str(o).split(',')]
 
 def build_xresnet(dls, arch, attn, act, pool, stages='1', blocks='last', **kwargs):
@@ -60,8 +61,9 @@ def build_xresnet(dls, arch, attn, act, pool, stages='1', blocks='last', **kwarg
 _xresnet_options = dict(attn=['none','ssa'], stages='1', blocks='last', act='Mish', pool='AvgPool')
 builders = {o: (build_xresnet, _xresnet_options) for o in archs}
 
-# %% ../../nbs/recipes/01_train.ipynb #0a3dec75
+# %% ../../nbs/recipes/01_train.ipynb #be001dd5
 def _values(o): return list(o) if isinstance(o, (list,tuple)) else [o]
+def _as(default, o): return o if o is None else type(_values(default)[0])(o)
 
 def _defaults(data, arch, opt):
     "All options of a run of `data` with `arch` and `opt`, with their defaults"
@@ -81,14 +83,14 @@ def variants(
         defaults = _defaults(data, a, o)
         given = {k:v for k,v in options.items() if v is not None}
         for k in given: check_name(k, defaults, f"option for {a} with {o}")
-        sweep = {k: _values(v) for k,v in merge(defaults, given).items()}
+        sweep = {k: [_as(defaults[k], o) for o in _values(v)] for k,v in merge(defaults, given).items()}
         for vs in product(*sweep.values()):
             config = dict(zip(sweep, vs))
             if config.get('attn')=='none': config.update(stages=None, blocks=None)
             if config not in res: res.append(config)
     return res
 
-# %% ../../nbs/recipes/01_train.ipynb #da07b24e
+# %% ../../nbs/recipes/01_train.ipynb #0d2b951d
 def variant_name(
     config:dict # One configuration, from `variants`
 )->str:
@@ -107,10 +109,11 @@ def run_path(
     "Where the file of a run stands"
     return Path(out)/f"{Path(config['data']).name}-{config['size']}-{config['epochs']}"/variant_name(config)/f'seed{seed}.json'
 
-# %% ../../nbs/recipes/01_train.ipynb #4ea22668
+# %% ../../nbs/recipes/01_train.ipynb #03235280
 def _reset_peak():
     if torch.cuda.is_available(): torch.cuda.reset_peak_memory_stats()
-    elif sys.platform=='linux': Path('/proc/self/clear_refs').write_text('5')
+    elif sys.platform=='linux':
+        with suppress(OSError): Path('/proc/self/clear_refs').write_text('5')
 
 def _peak_mb():
     "Peak memory since `_reset_peak`: of tensors on the GPU, else of the whole process (None where that cannot be told)"
@@ -139,7 +142,7 @@ class RunFile(Callback):
     def after_fit(self):
         if len(self.record['epochs'])==self.n_epoch: self.write(state='done', accuracy=self.record['epochs'][-1]['accuracy'])
 
-# %% ../../nbs/recipes/01_train.ipynb #56616a8c
+# %% ../../nbs/recipes/01_train.ipynb #4043f7d1
 def build_learner(
     config:dict, # One configuration, from `variants`
     seed:int=0,
@@ -187,20 +190,25 @@ def train_run(
         if not isinstance(e, FloatingPointError): raise
     return record
 
-# %% ../../nbs/recipes/01_train.ipynb #65bf6f88
+# %% ../../nbs/recipes/01_train.ipynb #282336a0
+def _summary(variant, runs):
+    done = [o for o in runs if o['state']=='done']
+    n = str(len(runs)) if len(done)==len(runs) else f'{len(done)} of {len(runs)}'
+    if not done: return variant,n,'failed','','',''
+    accs = [o['accuracy'] for o in done]
+    sd = f'{stdev(accs):.2%}' if len(accs)>1 else ''
+    return variant,n,f'{mean(accs):.2%}',sd,f"{mean(o['time_s'] for o in done):.0f}",f"{done[0]['params']:,}"
+
 def runs_table(
     runs:list # Records of runs
 )->str:
     "A line for each variant: runs, final accuracy (mean and standard deviation), seconds per run, parameters"
     rows = [('variant','runs','accuracy','sd','seconds','parameters')]
-    for v in dict.fromkeys(o['variant'] for o in runs):
-        rs = [o for o in runs if o['variant']==v]
-        if not (done := [o for o in rs if o['state']=='done']): rows.append((v, f'0 of {len(rs)}', 'failed', '', '', '')); continue
-        accs = [o['accuracy'] for o in done]
-        rows.append((v, str(len(done)) if len(done)==len(rs) else f'{len(done)} of {len(rs)}', f'{mean(accs):.2%}',
-            f'{stdev(accs):.2%}' if len(accs)>1 else '', f"{mean(o['time_s'] for o in done):.0f}", f"{done[0]['params']:,}"))
+    rows += [_summary(v, [o for o in runs if o['variant']==v]) for v in dict.fromkeys(o['variant'] for o in runs)]
     widths = [max(map(len, col)) for col in zip(*rows)]
-    return '\n'.join('  '.join(f'{o:{"<" if i==0 else ">"}{w}}' for i,(o,w) in enumerate(zip(row, widths))) for row in rows)
+    return '\n'.join('  '.join([row[0].ljust(widths[0])]+[o.rjust(w) for o,w in zip(row[1:], widths[1:])]) for row in rows)
+
+def _mean_curve(runs, k): return [mean(o) for o in zip(*([e[k] for e in r['epochs']] for r in runs))]
 
 def plot_curves(
     runs:list, # Records of runs
@@ -210,20 +218,19 @@ def plot_curves(
     from matplotlib.figure import Figure
     fig = Figure(figsize=(10,4), layout='constrained')
     axs = fig.subplots(1, 3)
-    for i,v in enumerate(dict.fromkeys(o['variant'] for o in runs)):
-        rs = [o for o in runs if o['variant']==v and o['epochs']]
-        for ax,k in zip(axs, ('train_loss','valid_loss','accuracy')):
-            for o in rs: ax.plot([e['epoch']+1 for e in o['epochs']], [e[k] for e in o['epochs']], color=f'C{i}', lw=0.6, alpha=0.5)
-            full = [o for o in rs if o['state']=='done']
-            if full: ax.plot([e['epoch']+1 for e in full[0]['epochs']], [mean(e) for e in zip(*([e[k] for e in o['epochs']] for o in full))],
-                color=f'C{i}', lw=2, marker='.', label=v if k=='accuracy' else None)
-            ax.set(xlabel='epoch', title=k.replace('_', ' '))
-            ax.xaxis.get_major_locator().set_params(integer=True)
-            ax.ticklabel_format(useOffset=False)
+    for ax,k in zip(axs, ('train_loss','valid_loss','accuracy')):
+        for i,v in enumerate(dict.fromkeys(o['variant'] for o in runs)):
+            done = [o for o in runs if o['variant']==v and o['state']=='done']
+            for o in done: ax.plot(range(1, len(o['epochs'])+1), _mean_curve([o], k), color=f'C{i}', lw=0.6, alpha=0.5)
+            mean_curve = _mean_curve(done, k)
+            ax.plot(range(1, len(mean_curve)+1), mean_curve, color=f'C{i}', lw=2, marker='.', label=v if k=='accuracy' else None)
+        ax.set(xlabel='epoch', title=k.replace('_', ' '))
+        ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.ticklabel_format(useOffset=False)
     fig.legend(loc='outside lower center')
     fig.savefig(path, dpi=100)
 
-# %% ../../nbs/recipes/01_train.ipynb #c40397dc
+# %% ../../nbs/recipes/01_train.ipynb #9cb3e156
 def _several(t): return Annotated[t, {'nargs':'+'}]
 
 def _check_numbers(configs):
@@ -263,7 +270,7 @@ def train(
     act:_several(str)=None, # Activation: Mish, ReLU, LeakyReLU, ELU, GELU, SiLU (default: Mish)
     pool:_several(str)=None, # Pooling of the shortcuts: AvgPool, MaxPool (default: AvgPool)
     size:_several(int)=None, # Pixels per side (default: the data set's)
-    epochs:_several(int)=None, # (default: the data set's)
+    epochs:_several(int)=None, # Times through the training data (default: the data set's)
     bs:_several(int)=None, # Batch size (default: 64)
     lr:_several(float)=None, # Learning rate (default: the data set's)
     wd:_several(float)=None, # Weight decay (default: 0.01)
@@ -273,8 +280,8 @@ def train(
     eps:_several(float)=None, # Its epsilon
     beta:_several(float)=None, # Its softplus beta, for ranger
     mixup:_several(float)=None, # Strength of mixup (default: 0, none)
-    fp16:bool=False, # Mixed precision, float16
-    bf16:bool=False, # Mixed precision, bfloat16
+    fp16:bool=False, # Mixed precision, float16: for GPUs (most CPUs only emulate it, very slowly)
+    bf16:bool=False, # Mixed precision, bfloat16: for GPUs, and CPUs with AVX-512
     channels_last:bool=False, # Channels last in memory
     workers:int=None, # Processes that load data (default: the data set's)
     runs:int=1, # How many runs of each variant, with the same seeds
@@ -283,7 +290,7 @@ def train(
     dump:bool=False, # Print each variant's model; don't train
     out:str='runs' # Folder for the runs' files
 )->list: # The record of each run
-    "Train variants of a model with the same seeds; keep each run in a file, and draw the curves"
+    "Train variants of a model with the same seeds; keep each run in a file, and draw the curves. A `ValueError` before the first run if anything is wrong"
     try:
         if fp16 and bf16: raise ValueError("fp16 and bf16 are both given; choose one")
         if runs<1: raise ValueError(f"runs must be at least 1, got {runs}")
