@@ -21,14 +21,14 @@ def multiply_adds(
     if ks>1: costs.pop('channel')
     return costs
 
-# %% ../../nbs/layers/00_simple.ipynb #109ffdd3
+# %% ../../nbs/layers/00_simple.ipynb #4ca2505e
 def cheapest_order(
     c:int, # Channels, C
     n:int, # Positions, N
     ks:int=1 # Kernel size of the convolution with W
 )->str: # 'conv', 'channel' or 'position'
-    "The order of multiplication that costs least; `channel` in a tie with `conv`, for it needs less memory"
-    costs,best = multiply_adds(c, n, ks),'conv' if ks>1 else 'channel'
+    "The order of multiplication that costs least; `conv` in a tie, which PyTorch does a little faster"
+    costs,best = multiply_adds(c, n, ks),'conv'
     for order in costs: # plain comparisons, which torch.compile can trace with dynamic shapes
         if costs[order]<costs[best]: best = order
     return best
@@ -41,43 +41,44 @@ def _add_bmm_(x, p, q):
     if x.dtype!=p.dtype: return x.add_(p@q)
     return x.mT.baddbmm_(q.mT, p.mT).mT if x.stride(1)==1 else x.baddbmm_(p, q)
 
-# %% ../../nbs/layers/00_simple.ipynb #caf27124
+# %% ../../nbs/layers/00_simple.ipynb #9f58fc85
 class _ChannelOrder(torch.autograd.Function):
-    "`x + factor ((x xT / N) w) x`; with it the two matrices that backward needs"
+    "`x + ((x xT / N) w) x` with products in `dtype`; with it the two matrices that backward needs"
     generate_vmap_rule = True
     @staticmethod
-    def forward(x, w, factor):
-        h = x.to(w.dtype)
+    def forward(x, w, dtype):
+        h = x.to(dtype)
         s = _mean_bmm(h, h.mT, x.shape[-1])
-        m = factor*(s@w)
+        m = s@w.to(dtype)
         return _add_bmm_(x.clone(), m, h),s,m
 
     @staticmethod
     def setup_context(ctx, inputs, outputs):
         ctx.mark_non_differentiable(*outputs[1:])
         ctx.set_materialize_grads(False) # no zeros in place of the gradients of the two matrices
-        ctx.save_for_backward(*inputs, *outputs[1:])
+        ctx.save_for_backward(*inputs[:2], *outputs[1:])
 
     @staticmethod
     def backward(ctx, g, *_):
-        x,w,factor,s,m = ctx.saved_tensors
-        (b,c,n),h,gh = x.shape,x.to(w.dtype),g.to(w.dtype)
+        x,w,s,m = ctx.saved_tensors
+        b,c,n = x.shape
+        h,wh,gh = (o.to(s.dtype) for o in (x,w,g))
         if torch.is_grad_enabled():
-            y = _add_bmm_(x.clone(), factor*(_mean_bmm(h, h.mT, n)@w), h)
-            grads = iter(torch.autograd.grad(y, [o for o in (x,w,factor) if o.requires_grad], g, create_graph=True))
-            return tuple(next(grads) if o.requires_grad else None for o in (x,w,factor))
-        dx,dw = g.clone(),w.new_zeros((c,c), dtype=factor.dtype)
+            y = _add_bmm_(x.clone(), _mean_bmm(h, h.mT, n)@wh, h)
+            grads = iter(torch.autograd.grad(y, [o for o in (x,w) if o.requires_grad], g, create_graph=True))
+            return *(next(grads) if o.requires_grad else None for o in (x,w)),None
+        dx,dw = g.clone(),torch.zeros_like(w)
         step = max(1, b if x.is_cuda or torch.compiler.is_compiling() else 2**17//c**2)
         for i in range(0, b, step):
             o = slice(i, i+step)
             d = _mean_bmm(gh[o], h[o].mT, n)
             dw += s[o].flatten(0,1).T@d.flatten(0,1)
-            d = factor*(d@w.T)
+            d = d@wh.T
             _add_bmm_(dx[o], m[o].mT, gh[o])
             _add_bmm_(dx[o], d+d.mT, h[o])
-        return dx, (factor*n*dw).to(w.dtype), n*(dw*w).sum()
+        return dx,n*dw,None
 
-# %% ../../nbs/layers/00_simple.ipynb #bcdf760e
+# %% ../../nbs/layers/00_simple.ipynb #618c2b27
 def simple_attention(
     x:torch.Tensor, # (B, C, N), floating point
     weight:torch.Tensor, # (C, C, ks): a convolution's weight over the flattened positions, `ks` odd
@@ -86,14 +87,14 @@ def simple_attention(
 )->torch.Tensor: # (B, C, N) in the dtype of `x`
     "`x + gain (x xT)(weight x)`, in the order of multiplication that is cheapest for the shape"
     (_,c,n),ks,dev = x.shape,weight.shape[-1],x.device.type
-    factor = gain.reshape(()) * (1 if scale else n)
-    w = weight.to(torch.get_autocast_dtype(dev)) if torch.is_autocast_enabled(dev) else weight
+    dtype = torch.get_autocast_dtype(dev) if torch.is_autocast_enabled(dev) else weight.dtype
+    w = gain.reshape(()) * (1 if scale else n) * weight.to(gain.dtype)
     order = cheapest_order(c, n, ks)
-    if order=='channel': return _ChannelOrder.apply(x, w[...,0], factor)[0]
-    h = x.to(w.dtype)
-    wh = F.conv1d(h, w, padding=ks//2)
-    if order=='conv': return _add_bmm_(x.clone(), factor*_mean_bmm(h, h.mT, n), wh)
-    return _add_bmm_(x.clone(), h, factor*_mean_bmm(h.mT, wh, n))
+    if order=='channel': return _ChannelOrder.apply(x, w[...,0], dtype)[0]
+    h = x.to(dtype)
+    wh = F.conv1d(h, w.to(dtype), padding=ks//2)
+    if order=='conv': return _add_bmm_(x.clone(), _mean_bmm(h, h.mT, n), wh)
+    return _add_bmm_(x.clone(), h, _mean_bmm(h.mT, wh, n))
 
 # %% ../../nbs/layers/00_simple.ipynb #bd12ec5a
 @torch.no_grad()
@@ -108,7 +109,7 @@ def power_iteration(
         u = F.normalize(w@v, dim=0, eps=1e-12)
     return u,v
 
-# %% ../../nbs/layers/00_simple.ipynb #2801a1f2
+# %% ../../nbs/layers/00_simple.ipynb #d7bdccc4
 class SimpleSelfAttention(nn.Module):
     """`x + gamma (x xT)(W x)` on `x` (B, C, *grid), with spectrally normalised `W`: [sdoria's layer](https://github.com/sdoria/SimpleSelfAttention), as in fastai.
     A `ValueError` if `n_in` or `ks` cannot be, or if an input has other than `n_in` channels"""
@@ -158,7 +159,8 @@ class SimpleSelfAttention(nn.Module):
         if x.dim()<3 or x.shape[1]!=self.n_in:
             raise ValueError(f"SimpleSelfAttention with n_in={self.n_in} takes (batch, {self.n_in}, *grid), got shape {tuple(x.shape)}")
         w = self.kernel()
-        return simple_attention(x.flatten(2), w, self.gamma/self.sigma(w), self.scale).view(x.shape)
+        sigma = self.sigma(w)
+        return simple_attention(x.flatten(2), w, self.gamma.to(sigma.dtype)/sigma, self.scale).view(x.shape)
 
     def no_weight_decay(self):
         "Names of the parameters that must not decay"
