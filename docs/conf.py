@@ -1,13 +1,15 @@
 "Sphinx reads nbs/ as it stands; nbdev's processors run over each notebook as it is read"
 import os,re
 from docutils import nodes
-from docutils.utils.math.latex2mathml import tex2mathml
+from docutils.utils.math import MathError
+from docutils.utils.math.latex2mathml import bigdelimiters,tex2mathml
 from fastcore.basics import patch
 from fastcore.docments import MarkdownRenderer
 from fastcore.nbio import mk_cell,nb2str,read_nb
 from nbdev.config import get_config
 from nbdev.processors import FilterDefaults
 from nbdev.showdoc import BasicMarkdownRenderer
+from sphinx.util.logging import getLogger
 
 os.environ['IN_TEST'] = '1'
 cfg = get_config(__file__)
@@ -24,7 +26,10 @@ html_css_files = ['math.css']
 html_math_renderer = 'mathml'
 html_show_copyright = html_show_sphinx = html_copy_source = False
 toctree = '```{toctree}\n:hidden:\n:glob:\n\n*\nlayers/*\nmodels/*\nrecipes/*\ntutorials/*\n```'
+bigdelimiters.update(big=1, Big=2, bigg=3, Bigg=4) # docutils knows \bigl, and not \big
 doc_link = re.compile(r'\(' + re.escape(cfg.doc_host + cfg.doc_baseurl.rstrip('/')) + r'/[^)\s]*\.html#([^)\s]+)\)')
+
+nested = re.compile(r'\[\[(`[^`]+`)\]\([^)]*\)\]\(') # a symbol linked inside the text of a link: the outer link holds
 
 @patch
 def _repr_markdown_(self:BasicMarkdownRenderer):
@@ -38,7 +43,7 @@ def to_myst(cell):
             cell.cell_type,cell.source = 'markdown',''.join(mds[0])
             for k in ('outputs','execution_count','has_sd'): cell.pop(k, None)
         else: cell.source = re.sub(r'^#\|.*\n?', '', cell.source, flags=re.M)
-    if cell.cell_type=='markdown': cell.source = doc_link.sub(r'(#\1)', cell.source)
+    if cell.cell_type=='markdown': cell.source = nested.sub(r'[\1](', doc_link.sub(r'(#\1)', cell.source))
     cell.metadata.pop('execution', None)
 
 class Myst(FilterDefaults):
@@ -52,7 +57,8 @@ def read(app, docname, src):
     src[0] = nb2str(nb)
 
 def add_math(self, node, block=False):
-    self.body.append(tex2mathml(node.astext(), as_block=block))
+    try: self.body.append(tex2mathml(node.astext(), as_block=block))
+    except MathError as e: getLogger(__name__).warning('%s In: %s', e, node.astext(), location=node)
     raise nodes.SkipNode
 def add_math_block(self, node): add_math(self, node, True)
 

@@ -16,7 +16,7 @@ def rebase(cell):
 
 def results(cell):
     "Of a cell with `#| echo: false`, what it says in Markdown, without the code that says it"
-    if cell.cell_type!='code' or not cell.source.lstrip().startswith('#| echo: false'): return
+    if cell.cell_type!='code' or cell.directives_.get('echo')!='false': return
     cell.cell_type,cell.source = 'markdown','\n'.join(''.join(o.data['text/markdown']) for o in cell.outputs if 'text/markdown' in o.get('data',{}))
     for k in ('outputs','execution_count'): cell.pop(k, None)
 

@@ -9,13 +9,13 @@ __all__ = ['SelfProjection']
 import torch
 from torch import nn
 
-# %% ../../nbs/layers/01_projection.ipynb #3211ed5d
+# %% ../../nbs/layers/01_projection.ipynb #e6085133
 def _norm(x, gamma, beta, dims, eps):
     std,mean = torch.std_mean(x, dims, keepdim=True)
     return torch.addcmul(beta, gamma, (x-mean)/(std+eps))
 
 class SelfProjection(nn.Module):
-    """Projects (*, I, J) to (*, S, S), as self-projection 0.1.0: same parameters, same names.
+    """Projects `(*, I, J)` to `(*, S, S)`, as self-projection 0.1.0: same parameters, same names.
     A `ValueError` for sizes below 1, a projection below 2 (its standard deviation would not be defined), and inputs of another size"""
     def __init__(self,
         size_input, # Rows and columns of the input, (I, J)

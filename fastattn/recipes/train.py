@@ -6,8 +6,8 @@
 __all__ = ['recipes', 'opt_funcs', 'acts', 'pools', 'builders', 'build_xresnet', 'variants', 'variant_name', 'run_path',
            'RunFile', 'build_learner', 'read_done', 'train_run', 'runs_table', 'plot_curves', 'train']
 
-# %% ../../nbs/recipes/01_train.ipynb #180b53f1
-import fastai,hashlib,json,math,platform,sys,time,timm,torch
+# %% ../../nbs/recipes/01_train.ipynb #c879d5c1
+import fastai,gc,hashlib,json,math,platform,sys,time,timm,torch
 from contextlib import suppress
 from datetime import datetime,timezone
 from functools import partial
@@ -230,7 +230,7 @@ def plot_curves(
     fig.legend(loc='outside lower center')
     fig.savefig(path, dpi=100)
 
-# %% ../../nbs/recipes/01_train.ipynb #9cb3e156
+# %% ../../nbs/recipes/01_train.ipynb #17728b86
 def _several(t): return Annotated[t, {'nargs':'+'}]
 
 def _check_numbers(configs):
@@ -310,6 +310,7 @@ def train(
         for i,(s,c) in enumerate(todo):
             if not read_done(run_path(out, c, s)): print(f"{variant_name(c)}, seed {s} (run {i+1} of {len(todo)})")
             res.append(train_run(c, s, run_path(out, c, s), workers))
+            gc.collect() # a Learner and its callbacks know each other, and would keep their tensors for long
         print(runs_table(res))
         for folder in dict.fromkeys(run_path(out, c, seed).parents[1] for c in configs):
             plot_curves([o for o in res if run_path(out, o['config'], 0).parents[1]==folder], folder/'curves.png')
