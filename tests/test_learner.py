@@ -6,9 +6,11 @@ from fastai.basics import DataLoaders,MSELossFlat,SGD,error_rate,load_learner,pa
 from fastai.callback.all import ChannelsLast
 from torch.optim.swa_utils import AveragedModel
 from fastai.losses import CrossEntropyLossFlat
-from fastattn.callback import Autocast,NoWeightDecay
+from fastai.callback.schedule import SchedCos,SchedLin
+from fastattn.callback import Autocast,DropConnectSchedule,NoWeightDecay
+from fastattn.layers.dropconnect import DropConnect
 from fastattn.layers.simple import SimpleSelfAttention
-from fastattn.learner import ssa_learner
+from fastattn.learner import dropconnect_learner,projection_learner,ssa_learner
 from fastattn.recipes.data import get_dls
 
 @pytest.fixture(scope='module')
@@ -148,3 +150,73 @@ def test_ddp():
     ends = dict(q.get(timeout=100) for _ in ps)
     for p in ps: p.join()
     for k in ('weight','gamma'): torch.testing.assert_close(torch.tensor(ends[0][k]), torch.tensor(ends[1][k]))
+
+def matrices(n, *shape):
+    "Data of random matrices of `shape`, with two classes"
+    items = [(torch.randn(*shape)+i%2, i%2) for i in range(n)]
+    dls = DataLoaders.from_dsets(items, items, bs=4)
+    dls.c = 2
+    return dls
+
+@pytest.mark.parametrize('shape', [(5,7), (1,6,6), (3,6,8), (2,2,5,4)])
+def test_projection_learner(shape):
+    learn = projection_learner(matrices(8, *shape), size_projection=3, p=0.1, loss_func=CrossEntropyLossFlat())
+    assert learn.model.projection.size_input==shape[-2:] and learn.model.head[1].p==0.1
+    assert fit(learn).model.head[-1].out_features==2
+
+def test_dropconnect_learner(few):
+    learn = dropconnect_learner(few, hidden=(20,10), p=0.3, inference='gaussian')
+    layers = [o for o in learn.model if isinstance(o, DropConnect)]
+    assert [(o.in_features,o.out_features,o.p,o.inference) for o in layers]==[(256,20,0.3,'gaussian'),(20,10,0.3,'gaussian')]
+    assert type(learn.model[-1]) is torch.nn.Linear
+    for drop,n in (('dropout',2),('none',0)):
+        learn = dropconnect_learner(few, hidden=(20,10), p=0.3, drop=drop)
+        assert [o.p for o in learn.model if isinstance(o, torch.nn.Dropout)]==[0.3]*n and not any(isinstance(o, DropConnect) for o in learn.model)
+    assert [o.out_features for o in dropconnect_learner(few, hidden=()).model[1:]]==[10]
+
+@pytest.mark.parametrize('make', [projection_learner, partial(dropconnect_learner, hidden=(8,)), partial(dropconnect_learner, hidden=(8,), inference='gaussian')])
+def test_export(few, tmp_path, make):
+    learn = fit(make(few))
+    learn.path = tmp_path
+    learn.export()
+    loaded,x = load_learner(tmp_path/'export.pkl'),few.one_batch()[0]
+    a,b = (set_seed(0) or o.model.eval()(x) for o in (learn,loaded))
+    torch.testing.assert_close(a, b)
+
+@pytest.mark.parametrize('make', [projection_learner, partial(dropconnect_learner, hidden=(8,))])
+@pytest.mark.parametrize('amp', ['bf16',None])
+def test_same_seed(few, make, amp):
+    "Twice the same, also in mixed precision"
+    losses = [(set_seed(0, reproducible=True), fit(make(few, cbs=Autocast(amp) if amp else None)).recorder.values)[1] for _ in range(2)]
+    assert losses[0]==losses[1] and math.isfinite(losses[0][0][0])
+
+def test_learn_to_dropconnect(few):
+    "In the middle of training, with an optimiser that goes on"
+    learn = fit(small(few))
+    opt,weight,n = learn.opt,learn.model[-1].weight,len(learn.opt.all_params())
+    assert learn.to_dropconnect(0.2) is learn
+    assert isinstance(learn.model[-1], DropConnect) and learn.model[-1].weight is weight
+    before = weight.clone()
+    learn.create_opt = None # would fail if called
+    with learn.no_bar(),learn.no_logging(): learn.fit(1)
+    assert learn.opt is opt and len(opt.all_params())==n and not torch.equal(before, weight)
+
+def test_schedule(few):
+    learn = dropconnect_learner(few, hidden=(8,8), cbs=DropConnectSchedule(SchedCos(0., 0.6)))
+    fit(learn, 2)
+    assert {o.p for o in learn.model if isinstance(o, DropConnect)}=={learn.drop_connect_schedule.epoch_row()['p']}
+    assert 0.5<learn.drop_connect_schedule.epoch_row()['p']<0.6
+    learn.get_preds() # sets nothing
+    with pytest.raises(ValueError, match='no DropConnect layers'): fit(small(few, cbs=DropConnectSchedule(SchedLin(0., 0.5))))
+    for sched in (SchedLin(0., 1.), SchedLin(-0.1, 0.5), lambda pos: 1.5 if pos==0.5 else 0.):
+        with pytest.raises(ValueError, match='p is the probability'): DropConnectSchedule(sched)
+
+@pytest.mark.parametrize('f,message', [(lambda d: projection_learner(d, size_projection=1), 'size_projection must be at least 2'), (lambda d: projection_learner(d, p=1.), 'p is the probability of dropout'),
+    (lambda d: dropconnect_learner(d, drop='droput'), "Did you mean 'dropout'"), (lambda d: dropconnect_learner(d, hidden=(8,0)), 'hidden must be numbers of units'),
+    (lambda d: dropconnect_learner(d, p=1.), 'p is the probability'), (lambda d: dropconnect_learner(d, inference='max'), 'unknown inference')])
+def test_bad_values(few, f, message):
+    with pytest.raises(ValueError, match=message): f(few)
+
+def test_bad_words(few):
+    with pytest.raises(TypeError, match='sise'): projection_learner(few, sise=3)
+    with pytest.raises(ValueError, match=r'takes matrices .* shape \(6,\)'): projection_learner(matrices(8, 6))

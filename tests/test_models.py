@@ -7,6 +7,7 @@ from torch import nn
 from fastattn.layers.simple import SimpleSelfAttention,fastai_state_dict
 from fastattn.models import xresnet as ours
 from fastattn.models.insert import attns,insert_attn,stages_of
+from fastattn.models.projection import ProjectionClassifier
 from fastattn.models.xresnet import archs,attn_xresnet
 
 def n_params(m): return sum(p.numel() for p in m.parameters())
@@ -156,3 +157,14 @@ def test_bad_xresnet():
     with pytest.raises(ValueError, match="Did you mean 'xresnet50'"): attn_xresnet('xresent50')
     for o in ('sa','sym','nout'):
         with pytest.raises(ValueError, match='xresnet option'): attn_xresnet('xresnet18', **{o: 1})
+
+def test_projection_classifier():
+    for size,c_in,lead in (((28,28),1,(1,)), ((28,28),1,()), ((9,4),6,(2,3)), ((1,1),1,())):
+        m = ProjectionClassifier(size, 3, size_projection=4, c_in=c_in)
+        for b in (0,1,5): assert m(torch.randn(b, *lead, *size)).shape==(b,3)
+        m(torch.randn(2, *lead, *size)).sum().backward()
+        assert all(p.grad is not None for p in m.parameters())
+    for bad in (dict(n_out=0), dict(c_in=0), dict(p=1.), dict(size_projection=1), dict(size_input=(0,3))):
+        with pytest.raises(ValueError, match=next(iter(bad))): ProjectionClassifier(**{**dict(size_input=(4,4), n_out=2), **bad})
+    for shape in ((2,3,4,4), (4,4), (2,1,4,5)):
+        with pytest.raises(ValueError, match='got shape'): ProjectionClassifier((4,4), 2)(torch.zeros(shape))

@@ -3,6 +3,8 @@ import json,os,subprocess,sys
 import pytest,torch
 from PIL import Image
 from fastai.basics import set_seed
+from fastai.callback.schedule import SchedLin
+from fastattn.callback import DropConnectSchedule
 from fastattn.recipes import train as mod
 from fastattn.recipes.train import *
 
@@ -140,3 +142,21 @@ def test_command_line(tmp_path):
     assert len(list((tmp_path/'x').rglob('*.json')))==2 and 'accuracy' in r.stdout
     bad = cli('--attn', 'sssa', cwd=tmp_path)
     assert bad.returncode!=0 and 'Traceback' not in bad.stderr and "Did you mean 'ssa'?" in bad.stderr
+
+def test_other_models(tmp_path):
+    "projection and dropconnect, their baselines and their options"
+    runs = quick(tmp_path, arch=['projection','dropconnect'])
+    assert [r['config'].get('drop') for r in runs]==[None,'none','dropconnect'] and runs[1]['config']['p'] is None
+    assert [r['config']['opt'] for r in runs]==['adam','sgd','sgd'] and runs[0]['config']['sched']=='one_cycle'
+    runs = quick(tmp_path, arch='dropconnect', drop=['none','dropout','dropconnect'], p=[0.2,0.5], hidden='20,10', inference='gaussian')
+    assert [(r['config']['drop'],r['config']['p'],r['config']['inference']) for r in runs]==[('none',None,None), ('dropout',0.2,None), ('dropout',0.5,None),
+        ('dropconnect',0.2,'gaussian'), ('dropconnect',0.5,'gaussian')]
+    assert runs[0]['variant'].startswith('dropconnect-none-hidden20,10-') and runs[-1]['variant'].startswith('dropconnect-dropconnect-inferencegaussian-hidden20,10-')
+    for kwargs,message in ((dict(hidden='20,x'), 'hidden must be numbers'), (dict(p=1.), 'p is the probability'), (dict(attn='ssa'), 'unknown option for dropconnect'), (dict(sched='cos'), "unknown schedule")):
+        with pytest.raises(ValueError, match=message): quick(tmp_path, arch='dropconnect', **kwargs)
+
+def test_rows_of_callbacks(tmp_path):
+    learn = build_learner(variants(arch='dropconnect', drop='dropconnect', hidden='8', size=8)[0])
+    learn.fit(2, cbs=[RunFile(tmp_path/'a.json', {}), DropConnectSchedule(SchedLin(0., 0.5))])
+    ps = [r['p'] for r in json.loads((tmp_path/'a.json').read_text())['epochs']]
+    assert 0.2<ps[0]<0.25 and 0.4<ps[1]<0.5

@@ -1,2 +1,3 @@
-from .simple import *
+from .dropconnect import *
 from .projection import *
+from .simple import *

@@ -1,2 +1,3 @@
 from .insert import *
+from .projection import *
 from .xresnet import *

@@ -32,7 +32,12 @@ class DigitImage(Transform):
         if im.mode!='L': im = im.convert('L')
         return im if im.size==(self.size,self.size) else PILImageBW(im.resize((self.size,self.size), Image.Resampling.BILINEAR))
 
-# %% ../../nbs/recipes/00_data.ipynb #e75ebe5a
+# %% ../../nbs/recipes/00_data.ipynb #e075c634
+def _digit_dls(ims, valid, mean, std, size, bs, workers, path='.'):
+    block = DataBlock((TransformBlock(DigitImage(size), batch_tfms=IntToFloatTensor),CategoryBlock), get_y=attrgetter('label'), splitter=IndexSplitter(valid),
+        batch_tfms=Normalize.from_stats([mean], [std]))
+    return block.dataloaders(ims, bs=bs, num_workers=workers, path=path)
+
 def digits_dls(
     size:int, # Pixels per side
     bs:int, # Batch size
@@ -44,11 +49,9 @@ def digits_dls(
     for im,y in zip(ims, d.target): im.label = str(y)
     train,valid = train_test_split(np.arange(len(ims)), test_size=397, stratify=d.target, random_state=0)
     px = np.stack([ims[i] for i in train])/255
-    block = DataBlock((TransformBlock(image, batch_tfms=IntToFloatTensor),CategoryBlock), get_y=attrgetter('label'), splitter=IndexSplitter(valid),
-        batch_tfms=Normalize.from_stats([px.mean()], [px.std()]))
-    return block.dataloaders(ims, bs=bs, num_workers=workers)
+    return _digit_dls(ims, valid, px.mean(), px.std(), size, bs, workers)
 
-# %% ../../nbs/recipes/00_data.ipynb #5951f698
+# %% ../../nbs/recipes/00_data.ipynb #2b210fe6
 def fetch_data(
     url:str # One of fastai's `URLs`
 )->Path: # The folder with the data
@@ -60,20 +63,31 @@ def fetch_data(
         raise FileNotFoundError(f"no data set in {folder}, and {url} could not be fetched ({type(e).__name__}: {e}). With a network, try again. "
             f"Without, put {arch} into {c.path('archive')}, or what it holds into {folder}. (FASTAI_HOME names another place than {c.config_path}.)") from e
 
-def _image_folder(path, size, bs, workers, splitter, image=PILImage, item_tfms=(), batch_tfms=(), fns=None):
+def _image_folder(path, size, bs, workers, splitter, item_tfms=(), batch_tfms=(), fns=None):
     fns = fns or sorted(get_image_files(path)) # in the same order on every machine
     if not fns: raise FileNotFoundError(f"no images in {path}: remove the folder, and it is fetched again")
-    block = DataBlock((ImageBlock(image),CategoryBlock), splitter=splitter, get_y=parent_label, item_tfms=item_tfms, batch_tfms=batch_tfms)
+    block = DataBlock((ImageBlock,CategoryBlock), splitter=splitter, get_y=parent_label, item_tfms=item_tfms, batch_tfms=batch_tfms)
     return block.dataloaders(fns, bs=bs, num_workers=workers, path=path)
+
+@lru_cache(maxsize=2)
+def _read_digits(path, size):
+    "The images below `path`, decoded and resized, with their labels"
+    fns,ims,image = sorted(get_image_files(path)),[],DigitImage(size)
+    if not fns: raise FileNotFoundError(f"no images in {path}: remove the folder, and it is fetched again")
+    for f in progress_bar(fns, leave=False) if len(fns)>1000 else fns:
+        try: ims.append(image(f))
+        except OSError as e: raise ValueError(f"{f} cannot be read: {e}") from e
+        ims[-1].label,ims[-1].valid = f.parent.name,f.parts[-3]=='testing'
+    return ims
 
 def mnist_dls(
     size:int, # Pixels per side
     bs:int, # Batch size
     workers:int # Processes that load data
 )->DataLoaders:
-    "MNIST: 60,000 handwritten digits for training and 10,000 held out, 28 px; one channel, normalised"
-    return _image_folder(fetch_data(URLs.MNIST), size, bs, workers, GrandparentSplitter('training', 'testing'), PILImageBW,
-        Resize(size, ResizeMethod.Squish), Normalize.from_stats([0.1307], [0.3081]))
+    "MNIST: 60,000 handwritten digits for training and 10,000 held out, 28 px; one channel, normalised; held in memory"
+    ims = _read_digits(path := fetch_data(URLs.MNIST), size)
+    return _digit_dls(ims, [i for i,o in enumerate(ims) if o.valid], 0.1307, 0.3081, size, bs, workers, path)
 
 def cifar10_dls(
     size:int, # Pixels per side
@@ -81,12 +95,12 @@ def cifar10_dls(
     workers:int # Processes that load data
 )->DataLoaders:
     "CIFAR-10: 50,000 small photos for training and 10,000 held out, 32 px; flipped, and shifted by up to an eighth of their size"
-    return _image_folder(fetch_data(URLs.CIFAR), size, bs, workers, GrandparentSplitter('train', 'test'), PILImage,
+    return _image_folder(fetch_data(URLs.CIFAR), size, bs, workers, GrandparentSplitter('train', 'test'),
         [Resize(size, ResizeMethod.Squish), CropPad(size+size//4, PadMode.Reflection, order=1), RandomCrop(size), FlipItem(0.5)], Normalize.from_stats(*cifar_stats))
 
-# %% ../../nbs/recipes/00_data.ipynb #b0211106
+# %% ../../nbs/recipes/00_data.ipynb #b19ace8b
 def _photos(path, size, bs, workers, splitter, fns=None):
-    return _image_folder(path, size, bs, workers, splitter, PILImage, [RandomResizedCrop(size, min_scale=0.35), FlipItem(0.5)],
+    return _image_folder(path, size, bs, workers, splitter, [RandomResizedCrop(size, min_scale=0.35), FlipItem(0.5)],
         Normalize.from_stats(*imagenet_stats), fns)
 
 def _imagenette(name, size, bs, workers):
@@ -163,7 +177,7 @@ def folder_dls(
     check_images(fns)
     return _photos(path, size, bs, workers, splitter, fns)
 
-# %% ../../nbs/recipes/00_data.ipynb #1153410a
+# %% ../../nbs/recipes/00_data.ipynb #da7a7a48
 datasets = dict(digits=digits_dls, mnist=mnist_dls, cifar10=cifar10_dls, imagenette=imagenette_dls, imagewoof=imagewoof_dls)
 _sizes = dict(digits=32, mnist=28, cifar10=32)
 
@@ -171,12 +185,12 @@ def get_dls(
     data='digits', # A name from `datasets`, or a folder of images
     size:int=None, # Pixels per side (default: digits and cifar10 32, mnist 28, others 128)
     bs:int=64, # Batch size
-    workers:int=None # Processes that load data (default: digits none, others one for each CPU, at most 8)
+    workers:int=None # Processes that load data (default: digits and mnist none, others one for each CPU, at most 8)
 )->DataLoaders:
     """`DataLoaders` of a data set; their `path` is the folder of the images, if there is one.
     A `ValueError` for an unknown name or unusable images, a `FileNotFoundError` if the data are not there and cannot be fetched"""
     name = str(data)
-    size,workers = ifnone(size, _sizes.get(name, 128)),ifnone(workers, 0 if name=='digits' else min(8, num_cpus()))
+    size,workers = ifnone(size, _sizes.get(name, 128)),ifnone(workers, 0 if name in ('digits','mnist') else min(8, num_cpus()))
     for k,v,low in (('size',size,1), ('bs',bs,1), ('workers',workers,0)):
         if not isinstance(v, Integral) or v<low: raise ValueError(f"{k} must be at least {low}, and a whole number, got {v!r}")
     if name in datasets: dls = datasets[name](size, bs, workers)
