@@ -4,4 +4,5 @@ from .models.all import *
 from .callback import *
 from .learner import *
 from .recipes.all import *
+from .interpret import *
 from .bench import *

@@ -10,7 +10,7 @@ from fastai.callback.schedule import SchedCos,SchedLin
 from fastattn.callback import Autocast,DropConnectSchedule,NoWeightDecay
 from fastattn.layers.dropconnect import DropConnect
 from fastattn.layers.simple import SimpleSelfAttention
-from fastattn.learner import dropconnect_learner,projection_learner,ssa_learner
+from fastattn.learner import dropconnect_learner,positional_learner,projection_learner,ssa_learner
 from fastattn.recipes.data import get_dls
 
 @pytest.fixture(scope='module')
@@ -174,7 +174,7 @@ def test_dropconnect_learner(few):
         assert [o.p for o in learn.model if isinstance(o, torch.nn.Dropout)]==[0.3]*n and not any(isinstance(o, DropConnect) for o in learn.model)
     assert [o.out_features for o in dropconnect_learner(few, hidden=()).model[1:]]==[10]
 
-@pytest.mark.parametrize('make', [projection_learner, partial(dropconnect_learner, hidden=(8,)), partial(dropconnect_learner, hidden=(8,), inference='gaussian')])
+@pytest.mark.parametrize('make', [projection_learner, partial(dropconnect_learner, hidden=(8,)), partial(dropconnect_learner, hidden=(8,), inference='gaussian'), partial(positional_learner, dim=8, depth=1, heads=2)])
 def test_export(few, tmp_path, make):
     learn = fit(make(few))
     learn.path = tmp_path
@@ -183,7 +183,7 @@ def test_export(few, tmp_path, make):
     a,b = (set_seed(0) or o.model.eval()(x) for o in (learn,loaded))
     torch.testing.assert_close(a, b)
 
-@pytest.mark.parametrize('make', [projection_learner, partial(dropconnect_learner, hidden=(8,))])
+@pytest.mark.parametrize('make', [projection_learner, partial(dropconnect_learner, hidden=(8,)), partial(positional_learner, dim=8, depth=1, heads=2)])
 @pytest.mark.parametrize('amp', ['bf16',None])
 def test_same_seed(few, make, amp):
     "Twice the same, also in mixed precision"

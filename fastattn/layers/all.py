@@ -1,3 +1,6 @@
 from .dropconnect import *
+from .local import *
+from .position import *
+from .positional import *
 from .projection import *
 from .simple import *

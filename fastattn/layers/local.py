@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['local_attention']
 
-# %% ../../nbs/layers/03_local.ipynb #27367b24
+# %% ../../nbs/layers/03_local.ipynb #46c3eb22
 import torch
 import torch.nn.functional as F
 from math import prod
+from operator import index
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
@@ -135,7 +136,7 @@ def _add(total, hs, x):
     if len(total)==1: total += x.sum(0, keepdim=True)
     else: total[hs] += x
 
-# %% ../../nbs/layers/03_local.ipynb #1caadb71
+# %% ../../nbs/layers/03_local.ipynb #7b0007ca
 def _earlier(lo, hi, device):
     "Which offsets from `lo` to `hi` are not later in reading order, (*window)"
     n = [h-l+1 for l,h in zip(lo, hi)]
@@ -155,8 +156,8 @@ def _seen(grid, block, lo, hi, causal, device):
         seen = seen & ((at>=0)&(at<s)).view(shape)
     return seen.flatten(2*d).flatten(d, 2*d-1).flatten(0, d-1)[:,None]
 
-def _windowed(q, k, v, lo, hi, p, q_pos, factor, multiply, causal, block):
-    grid,d = q.shape[2:-1],q.dim()-3
+def _windowed(q, k, v, grid, lo, hi, p, q_pos, factor, multiply, causal, block):
+    d = len(grid)
     if causal: hi = [0,*hi[1:]] # nothing later in the first dimension
     crop = (slice(None),*(slice(0, h-l+1) for l,h in zip(lo, hi)))
     p,factor = None if p is None else p[crop].flatten(1, d),None if factor is None else factor[crop].flatten(1)
@@ -165,7 +166,7 @@ def _windowed(q, k, v, lo, hi, p, q_pos, factor, multiply, causal, block):
     halo = [b-l+h for b,l,h in zip(block, lo, hi)]
     return _join(_BlockAttention.apply(q, kv, q_pos, p, factor, bias, (block,halo), multiply), grid, block)
 
-# %% ../../nbs/layers/03_local.ipynb #0bf81e83
+# %% ../../nbs/layers/03_local.ipynb #4cb0172c
 def _skew(x, block, grid):
     "A view of a new tensor `x` (..., a, offsets from 1-b to s-1 in each dimension): for each query the offsets of the keys, (..., a, N)"
     o = _strides([s+b-1 for s,b in zip(grid, block)])
@@ -190,8 +191,8 @@ def _slab(q, k, v, p, q_pos, factor, bias, block, grid, multiply):
     if factor is not None: logits = logits*factor
     return (logits+bias).softmax(-1).to(v.dtype)@v
 
-def _dense(q, k, v, lo, hi, p, q_pos, factor, multiply, causal):
-    grid,d,dev = q.shape[2:-1],q.dim()-3,q.device
+def _dense(q, k, v, grid, lo, hi, p, q_pos, factor, multiply, causal):
+    d,dev = len(grid),q.device
     full = [range(1-s, s) for s in grid]
     seen = _earlier([o[0] for o in full], [o[-1] for o in full], dev) if causal else torch.ones([len(o) for o in full], dtype=torch.bool, device=dev)
     inside = tuple(slice(s-1+l, s+h) for s,l,h in zip(grid, lo, hi))
@@ -210,20 +211,22 @@ def _dense(q, k, v, lo, hi, p, q_pos, factor, multiply, causal):
         out.append(checkpoint(_slab, *args, use_reentrant=False) if torch.is_grad_enabled() else _slab(*args))
     return torch.cat(out, 2).unflatten(2, grid)
 
-# %% ../../nbs/layers/03_local.ipynb #b6a073a3
+# %% ../../nbs/layers/03_local.ipynb #9004a5e5
 def _cost(grid, block, lo, hi, d, has_p):
     "About the time of blocks of this size"
-    halo,n = prod(b-l+h for b,l,h in zip(block, lo, hi)),prod(-(-s//b) for s,b in zip(grid, block))
-    return n*(halo*8*d+prod(block)*(halo*(d+12)+prod(h-l+1 for l,h in zip(lo, hi))*(16+has_p*d)))
+    halo,n = prod([b-l+h for b,l,h in zip(block, lo, hi)]),prod([-(-s//b) for s,b in zip(grid, block)])
+    return n*(halo*8*d+prod(block)*(halo*(d+12)+prod([h-l+1 for l,h in zip(lo, hi)])*(16+has_p*d)))
 
 def _cheapest(grid, lo, hi, d, has_p):
     "A size of block, or None for the dense form"
-    costs = {tuple(min(b, s) for s in grid): None for b in (2,4,8,16,32)}
-    for o in costs: costs[o] = _cost(grid, o, lo, hi, d, has_p)
-    n,best = prod(grid),min(costs, key=costs.get)
-    return None if n*n*(16+d+has_p*2*d)<costs[best] else best
+    best,least = None,prod(grid)**2*(16+d+has_p*2*d)
+    for size in (2,4,8,16,32):
+        block = tuple([min(size, s) for s in grid])
+        cost = _cost(grid, block, lo, hi, d, has_p)
+        if cost<least: best,least = block,cost
+    return best
 
-# %% ../../nbs/layers/03_local.ipynb #9eb4c4bc
+# %% ../../nbs/layers/03_local.ipynb #8a6dbc6d
 def local_attention(
     q, # Queries (B, H, *grid, D), floating point; a grid of any number of dimensions
     k, # Keys (B, H, *grid, D)
@@ -238,10 +241,10 @@ def local_attention(
 ): # (B, H, *grid, V)
     """Attention inside a window, exact, in time and memory linear in the number of positions:
     `softmax(((q k) + (q_pos p)) * factor / sqrt(D)) v`, with p and factor by the offset of the key. A `ValueError` for shapes and options that do not fit"""
-    grid,d = tuple(q.shape[2:-1]),q.dim()-3
+    grid,d = tuple([index(o) for o in q.shape[2:-1]]),q.dim()-3 # `index` makes them numbers in a compiled graph
     if d<1 or k.shape!=q.shape or v.shape[:-1]!=q.shape[:-1]:
         raise ValueError(f"q, k and v must be (batch, heads, *grid, channels) and differ in the channels of v only, got shapes {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}")
-    window = (window,)*d if isinstance(window, int) else tuple(window)
+    window = (window,)*d if isinstance(window, int) else tuple([index(o) for o in window])
     if len(window)!=d or min(window)<0: raise ValueError(f"window must be a number of steps, at least 0, or one for each of the {d} dimensions, got {window}")
     if combine not in ('add','multiply'): raise ValueError(f"combine must be 'add' or 'multiply', got {combine!r}")
     for name,t,tail in (('p',p,(q.shape[-1],)), ('factor',factor,())):
@@ -257,7 +260,7 @@ def local_attention(
     if torch.is_autocast_enabled(dev): q,k,v,q_pos,p = (None if o is None or o.dtype==torch.float64 else o.to(torch.get_autocast_dtype(dev)) for o in (q, k, v, q_pos, p))
     q,q_pos = q*q.shape[-1]**-0.5,q_pos if combine=='multiply' else q_pos*q.shape[-1]**-0.5
     if block is None: block = _cheapest(grid, [-s for s in steps], steps, q.shape[-1]+v.shape[-1], p is not None) or 'dense'
-    args = q,k,v,[-s for s in steps],steps,p,q_pos,factor,combine=='multiply',causal
+    args = q,k,v,grid,[-s for s in steps],steps,p,q_pos,factor,combine=='multiply',causal
     with torch.autocast(dev, enabled=False):
         if isinstance(block, str): return _dense(*args)
         return _windowed(*args, tuple(min(b, s) for b,s in zip([block]*d if isinstance(block, int) else block, grid)))

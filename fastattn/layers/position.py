@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['window_steps', 'relative', 'SirenEncoding', 'SinusoidEncoding', 'GaussianSpan']
 
-# %% ../../nbs/layers/04_position.ipynb #852ca644
+# %% ../../nbs/layers/04_position.ipynb #63a35792
 import math,torch
+from operator import index
 from torch import nn
 
 # %% ../../nbs/layers/04_position.ipynb #ad0770e9
@@ -24,7 +25,7 @@ def relative(
     "Offsets as a share of the largest that the grid has: from -1 to 1"
     return steps/torch.tensor([max(1, s-1) for s in grid], device=steps.device, dtype=steps.dtype)
 
-# %% ../../nbs/layers/04_position.ipynb #e6dfd03e
+# %% ../../nbs/layers/04_position.ipynb #9d2401a1
 class SirenEncoding(nn.Module):
     """Vectors for offsets by a network of sines over relative coordinates, as in the thesis *Multi-dimensional Positional Self-Attention With Differentiable Span* (M. Alfons), section 3.
     A `ValueError` for sizes below 1"""
@@ -60,7 +61,8 @@ class SirenEncoding(nn.Module):
     def forward(self, steps, grid):
         "`steps` (*, ndim) -> (*, n_out)"
         with torch.autocast(steps.device.type, enabled=False):
-            x = (relative(steps, grid) if self.normalized else steps).to(self.layers[0].weight.dtype)
+            x = steps.to(self.layers[0].weight.dtype)
+            if self.normalized: x = relative(x, grid)
             for w0,l in zip(self.w0, self.layers): x = self.act(l(x)) if self.act else (w0*l(x)).sin()
             return self.layers[-1](x)
 
@@ -87,7 +89,7 @@ class SinusoidEncoding(nn.Module):
         angles = (steps[...,None]*self.freqs.to(steps.dtype)).flatten(-2)
         return self.linear(torch.cat((angles.sin(), angles.cos()), -1).to(self.linear.weight.dtype))
 
-# %% ../../nbs/layers/04_position.ipynb #a099efed
+# %% ../../nbs/layers/04_position.ipynb #88d6860f
 class GaussianSpan(nn.Module):
     """A learned Gaussian over offsets: how much they count, and how far the window reaches. Thesis as for `SirenEncoding`, equations 3.8 and 3.9; `full` is from its future work.
     A `ValueError` for a `sigma` that is not positive, or a threshold outside [0, 1)"""
@@ -107,6 +109,11 @@ class GaussianSpan(nn.Module):
         self.log_sigma = nn.Parameter(torch.full((heads,ndim), math.log(sigma)), requires_grad=learn)
         if full: self.lean_sigma = nn.Parameter(torch.zeros(heads, ndim*(ndim-1)//2), requires_grad=learn)
         self._radius = None
+        if not self.log_sigma.is_meta: self.radius()
+
+    def _load_from_state_dict(self, *args):
+        super()._load_from_state_dict(*args)
+        self.radius()
 
     @property
     def sigma(self):
@@ -125,13 +132,13 @@ class GaussianSpan(nn.Module):
 
     def forward(self, steps, grid):
         "`steps` (*, ndim) -> the factor (heads, *), from 0 to 1"
-        x = relative(steps, grid).to(self.log_sigma.dtype)
+        x = relative(steps.to(self.log_sigma.dtype), grid)
         if self.full: return torch.exp(-0.5*torch.einsum('hij,...j->h...i', self.factors(), x).square().sum(-1))
         return torch.exp(-0.5*(x/self.sigma.view(-1, *[1]*(x.dim()-1), self.ndim)).square().sum(-1))
 
     def radius(self):
         "How far the Gaussian reaches in each dimension before it falls below the threshold, in relative coordinates: the widest head's; numbers, not tensors"
-        if torch.compiler.is_compiling() and self._radius: return self._radius # frozen in a compiled or exported graph
+        if torch.compiler.is_compiling(): return self._radius # numbers in a compiled or exported graph, which guards them
         with torch.no_grad():
             L = self.factors().double()
             spread = torch.linalg.inv(L).square().sum(-1).sqrt() if self.full else self.sigma.double() # of L^-1 L^-T the diagonal
@@ -141,7 +148,7 @@ class GaussianSpan(nn.Module):
 
     def window(self, grid):
         "How many steps the window reaches in each dimension of `grid`"
-        return tuple(s-1 if r>=1 else min(s-1, math.ceil(r*(s-1))) for r,s in zip(self.radius(), grid))
+        return tuple([index(s-1 if r>=1 else min(s-1, math.ceil(r*(s-1)))) for r,s in zip(self.radius(), grid)]) # `index` makes them numbers in a compiled graph
 
     def no_weight_decay(self):
         "Names of the parameters that must not decay: all"

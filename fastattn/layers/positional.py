@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['encodings', 'PositionalSelfAttention']
 
-# %% ../../nbs/layers/05_positional.ipynb #1e2c9b0e
+# %% ../../nbs/layers/05_positional.ipynb #5ae65c81
 import torch
+from math import prod
 from torch import nn
 from ..core import check_name
 from .local import local_attention
 from .position import GaussianSpan,SinusoidEncoding,SirenEncoding,window_steps
 
-# %% ../../nbs/layers/05_positional.ipynb #16081ebe
+# %% ../../nbs/layers/05_positional.ipynb #9d8a19ad
 encodings = dict(siren=SirenEncoding, sinusoid=SinusoidEncoding)
 
 class PositionalSelfAttention(nn.Module):
@@ -68,5 +69,10 @@ class PositionalSelfAttention(nn.Module):
         if g is not None and self.modulate=='positional': p,g = p*g[...,None],None
         y = local_attention(q+bias(self.u), k, v, window, p, None if p is None else q+bias(self.v), g, self.combine, self.causal)
         return self.proj(y.movedim(1, -2).flatten(-2))
+
+    def share(self, grid):
+        "How many of all pairs of positions of `grid` the window holds: the cost beside dense attention's"
+        parts = [((2*w+1)*s-w*(w+1))/s**2 for w,s in zip(self.window(grid), grid)]
+        return prod(parts)
 
     def extra_repr(self): return f'heads={self.heads}, ndim={self.ndim}, combine={self.combine!r}, modulate={self.modulate!r}, causal={self.causal}'

@@ -1,3 +1,4 @@
 from .insert import *
+from .positional import *
 from .projection import *
 from .xresnet import *

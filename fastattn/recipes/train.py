@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['recipes', 'opt_funcs', 'acts', 'pools', 'builders', 'scheds', 'build_xresnet', 'build_projection',
-           'build_dropconnect', 'variants', 'variant_name', 'run_path', 'RunFile', 'build_learner', 'read_done',
-           'train_run', 'runs_table', 'plot_curves', 'train']
+           'build_dropconnect', 'build_positional', 'variants', 'variant_name', 'run_path', 'RunFile', 'build_learner',
+           'read_done', 'train_run', 'runs_table', 'plot_curves', 'train']
 
-# %% ../../nbs/recipes/01_train.ipynb #d8da8cce
+# %% ../../nbs/recipes/01_train.ipynb #3755f059
 import fastai,gc,hashlib,json,math,platform,sys,time,timm,torch
 from contextlib import suppress
 from datetime import datetime,timezone
@@ -24,9 +24,11 @@ from fastai.optimizer import Adam,RMSProp,SGD,ranger
 from fastcore.basics import merge
 from fastcore.script import CliError,call_parse,is_cli
 from .. import __version__
-from ..callback import Autocast
+from ..callback import Autocast,SpanPenalty
 from ..core import check_name,write_atomic
-from ..learner import dropconnect_learner,projection_learner,ssa_learner
+from ..layers.position import GaussianSpan
+from ..layers.positional import PositionalSelfAttention
+from ..learner import dropconnect_learner,positional_learner,projection_learner,ssa_learner
 from ..models.xresnet import archs
 from .data import get_dls,datasets
 
@@ -50,7 +52,7 @@ opt_funcs = dict(
 acts = {o.__name__: o for o in (nn.Mish, nn.ReLU, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU)}
 pools = {o.__name__: o for o in (AvgPool, MaxPool)}
 
-# %% ../../nbs/recipes/01_train.ipynb #bdb7d068
+# %% ../../nbs/recipes/01_train.ipynb #54d2ff09
 def _ints(o): return [int(i) if i.lstrip('-').isdigit() else i for i in str(o).split(',')]
 
 def build_xresnet(dls, arch, attn, act, pool, stages='1', blocks='last', **kwargs):
@@ -69,15 +71,23 @@ def build_dropconnect(dls, arch, hidden, act, **kwargs):
     if any(isinstance(o, str) for o in units): raise ValueError(f"hidden must be numbers of units, such as 800,800; got {hidden!r}")
     return dropconnect_learner(dls, units, act_cls=acts[check_name(act, acts, 'activation')], **kwargs)
 
+def build_positional(dls, arch, ndim, dim, depth, heads, token, encoding, span, combine, penalty, causal, sigma=0.3, threshold=0.1, modulate='all', cbs=(), **kwargs):
+    "`positional_learner` from the words of a command line"
+    def attn(i): return PositionalSelfAttention(dim, heads, ndim, None if encoding=='none' else encoding,
+        dict(none=None, gaussian=GaussianSpan(ndim, sigma, threshold))[check_name(span, ['none','gaussian'], 'span')], combine, modulate, causal)
+    return positional_learner(dls, ndim, dim=dim, depth=depth, token=token, attn=attn, cbs=[*cbs,SpanPenalty(penalty)] if penalty else cbs, **kwargs)
+
 builders = {
     **{o: (build_xresnet, dict(attn=['none','ssa'], stages='1', blocks='last', act='Mish', pool='AvgPool'), {}) for o in archs},
     'projection': (build_projection, dict(size_projection=8, p=0.25), dict(opt='adam', lr=1e-2, smooth=0., sched='one_cycle')),
     'dropconnect': (build_dropconnect, dict(drop=['none','dropconnect'], p=0.5, inference='mean', hidden='800,800', act='ReLU'),
-        dict(opt='sgd', lr=0.03, bs=128, wd=0., smooth=0.))}
+        dict(opt='sgd', lr=0.03, bs=128, wd=0., smooth=0.)),
+    'positional': (build_positional, dict(ndim=2, dim=64, depth=6, heads=8, token='last', encoding='siren', span='gaussian', sigma=0.3, threshold=0.1, combine='add', modulate='all', causal=False, penalty=0.),
+        dict(opt='adam', lr=1e-3, smooth=0., sched='one_cycle'))}
 
 scheds = dict(flat_cos=Learner.fit_flat_cos, one_cycle=Learner.fit_one_cycle)
 
-# %% ../../nbs/recipes/01_train.ipynb #83be7309
+# %% ../../nbs/recipes/01_train.ipynb #789f2513
 def _values(o): return list(o) if isinstance(o, (list,tuple)) else [o]
 def _as(default, o): return o if o is None else type(_values(default)[0])(o)
 
@@ -88,7 +98,7 @@ def _defaults(data, arch, opt=None):
     opt = opt or own.get('opt', 'ranger')
     return merge(dict(data=str(data), arch=arch), options, recipe, _common, own, dict(opt=opt), opt_funcs[check_name(opt, opt_funcs, 'optimiser')][1])
 
-_void = {('attn','none'): ('stages','blocks'), ('drop','none'): ('p','inference'), ('drop','dropout'): ('inference',)} # options that then mean nothing
+_void = {('attn','none'): ('stages','blocks'), ('drop','none'): ('p','inference'), ('drop','dropout'): ('inference',), ('span','none'): ('sigma','threshold','modulate')} # options that then mean nothing
 
 def variants(
     data='digits', # Name of a data set, or a folder of images
@@ -252,7 +262,7 @@ def plot_curves(
     fig.legend(loc='outside lower center')
     fig.savefig(path, dpi=100)
 
-# %% ../../nbs/recipes/01_train.ipynb #f37da635
+# %% ../../nbs/recipes/01_train.ipynb #4c558793
 def _several(t): return Annotated[t, {'nargs':'+'}]
 
 def _check_numbers(configs):
@@ -286,7 +296,7 @@ def _lr_find(learn, path):
 @call_parse(pos=['data'])
 def train(
     data:str='digits', # digits, mnist, cifar10, imagenette, imagewoof, or a folder of images
-    arch:_several(str)='xresnet18', # Any xresnet of fastai, projection, dropconnect
+    arch:_several(str)='xresnet18', # Any xresnet of fastai, projection, dropconnect, positional
     attn:_several(str)=None, # none, ssa, ssa_sym, sa, or one of timm's, such as se, eca, cbam (default: none ssa)
     stages:_several(str)=None, # Stages that get attention, from 1; `1,2` is both (default: 1)
     blocks:_several(str)=None, # last, first, all, or indices such as 0,-1 (default: last)
@@ -297,19 +307,32 @@ def train(
     p:_several(float)=None, # Probability of dropping (default: projection 0.25, dropconnect 0.5)
     inference:_several(str)=None, # For dropconnect, after training: mean, gaussian (default: mean)
     hidden:_several(str)=None, # For dropconnect: units of the hidden layers (default: 800,800)
+    ndim:_several(int)=None, # For positional: 2, or 1 to read images as sequences (default: 2)
+    dim:_several(int)=None, # For positional: channels (default: 64)
+    depth:_several(int)=None, # For positional: blocks (default: 6)
+    heads:_several(int)=None, # For positional: heads (default: 8)
+    token:_several(str)=None, # For positional: last, mean, max (default: last)
+    encoding:_several(str)=None, # For positional: siren, sinusoid, none (default: siren)
+    span:_several(str)=None, # For positional: gaussian, none (default: gaussian)
+    sigma:_several(float)=None, # For positional: where the span starts (default: 0.3)
+    threshold:_several(float)=None, # For positional: where the window ends, 0 for no end (default: 0.1)
+    combine:_several(str)=None, # For positional: add, multiply content and position (default: add)
+    modulate:_several(str)=None, # For positional: what the span acts on: all, positional (default: all)
+    causal:bool=False, # For positional: see only what comes before
+    penalty:_several(float)=None, # For positional: weight of the mean sigma in the loss (default: 0)
     size:_several(int)=None, # Pixels per side (default: the data set's)
     epochs:_several(int)=None, # Times through the training data (default: the data set's)
     bs:_several(int)=None, # Batch size (default: 64; dropconnect 128)
-    lr:_several(float)=None, # Learning rate (default: the data set's; projection 0.01, dropconnect 0.03)
-    sched:_several(str)=None, # Schedule of the learning rate: flat_cos, one_cycle (default: flat_cos; projection one_cycle)
+    lr:_several(float)=None, # Learning rate (default: the data set's; projection 0.01, dropconnect 0.03, positional 0.001)
+    sched:_several(str)=None, # Schedule of the learning rate: flat_cos, one_cycle (default: flat_cos; projection and positional one_cycle)
     wd:_several(float)=None, # Weight decay (default: 0.01; dropconnect 0)
-    opt:_several(str)=None, # Optimiser: ranger, adam, rmsprop, sgd (default: ranger; projection adam, dropconnect sgd)
+    opt:_several(str)=None, # Optimiser: ranger, adam, rmsprop, sgd (default: ranger; projection and positional adam, dropconnect sgd)
     mom:_several(float)=None, # Its momentum
     sqr_mom:_several(float)=None, # Its momentum of squares
     eps:_several(float)=None, # Its epsilon
     beta:_several(float)=None, # Its softplus beta, for ranger
     mixup:_several(float)=None, # Strength of mixup (default: 0, none)
-    smooth:_several(float)=None, # Label smoothing (default: 0.1; projection and dropconnect 0)
+    smooth:_several(float)=None, # Label smoothing (default: 0.1; projection, dropconnect and positional 0)
     fp16:bool=False, # Mixed precision, float16: for GPUs (most CPUs only emulate it, very slowly)
     bf16:bool=False, # Mixed precision, bfloat16: for GPUs, and CPUs with AVX-512
     channels_last:bool=False, # Channels last in memory
@@ -325,6 +348,7 @@ def train(
         if fp16 and bf16: raise ValueError("fp16 and bf16 are both given; choose one")
         if runs<1: raise ValueError(f"runs must be at least 1, got {runs}")
         kw = dict(attn=attn, stages=stages, blocks=blocks, act=act, pool=pool, size_projection=size_projection, drop=drop, p=p, inference=inference, hidden=hidden,
+            ndim=ndim, dim=dim, depth=depth, heads=heads, token=token, encoding=encoding, span=span, sigma=sigma, threshold=threshold, combine=combine, modulate=modulate, causal=causal or None, penalty=penalty,
             size=size, epochs=epochs, bs=bs, lr=lr, sched=sched, wd=wd, smooth=smooth, mom=mom, sqr_mom=sqr_mom,
             eps=eps, beta=beta, mixup=mixup, precision='fp16' if fp16 else 'bf16' if bf16 else None, channels_last=channels_last or None)
         configs = variants(data, arch, opt, **kw)

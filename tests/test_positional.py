@@ -1,0 +1,184 @@
+"Encodings, spans, the layer and the model: formulas, extremes, options, and what must survive in use"
+import copy,math,pickle
+import pytest,torch
+from hypothesis import given,settings,strategies as st
+from torch import nn
+from fastai.basics import DataLoaders,set_seed
+from fastai.losses import CrossEntropyLossFlat
+from fastattn.callback import Autocast,SpanPenalty,SpanRecorder
+from fastattn.interpret import show_encodings,show_spans
+from fastattn.layers.position import *
+from fastattn.layers.positional import PositionalSelfAttention
+from fastattn.learner import positional_learner
+from fastattn.models.positional import PositionalTransformer
+
+few = settings(deadline=None, derandomize=True, max_examples=30)
+
+def oracle(m, x):
+    "The formula over all pairs of positions, for float64"
+    grid,d = x.shape[1:-1],x.shape[-1]//m.heads
+    at = torch.stack(torch.meshgrid(*(torch.arange(s) for s in grid), indexing='ij'), -1).flatten(0, -2)
+    off = (at[None]-at[:,None]).double()
+    rel = off/torch.tensor([max(1, s-1) for s in grid])
+    q,k,v = m.qkv(x).flatten(1, -2).unflatten(-1, (3,m.heads,d)).permute(2, 0, 3, 1, 4)
+    logits = (q+m.u[:,None])@k.mT
+    g,pos = torch.ones(1, *off.shape[:2]).double(),0
+    if isinstance(m.span, GaussianSpan): g = torch.exp(-0.5*((rel/m.span.log_sigma.exp()[:,None,None])**2).sum(-1))
+    if m.encoding is not None:
+        h = rel
+        for i,l in enumerate(m.encoding.layers): h = l(h) if i==len(m.encoding.layers)-1 else torch.sin(m.encoding.w0[i]*l(h))
+        pos = torch.einsum('bhid,ijhd->bhij', q+m.v[:,None], h.unflatten(-1, (m.heads,d)))
+        if m.modulate=='positional': pos = pos*g
+        logits = logits*pos if m.combine=='multiply' else logits+pos
+    if m.modulate=='all': logits = logits*g
+    seen = (off.abs()<=torch.tensor(m.window(grid))).all(-1)
+    if m.causal: seen = seen&torch.ones_like(seen).tril()
+    y = (logits/d**0.5).masked_fill(~seen, -torch.inf).softmax(-1)@v
+    return m.proj(y.movedim(1, 2).flatten(-2)).unflatten(1, grid)
+
+def layer(ndim=2, dim=8, heads=2, sigma=0.3, **kwargs):
+    torch.manual_seed(0)
+    span = kwargs.pop('span', GaussianSpan(ndim, sigma))
+    return PositionalSelfAttention(dim, heads, ndim, span=span, **kwargs).double()
+
+@few
+@given(st.data())
+def test_oracle(data):
+    ndim = data.draw(st.integers(1, 3))
+    grid = [data.draw(st.integers(1, (12,6,4)[ndim-1])) for _ in range(ndim)]
+    encoding = data.draw(st.sampled_from(['siren',None]))
+    kw = dict(combine=data.draw(st.sampled_from(['add','multiply'])), modulate=data.draw(st.sampled_from(['all','positional']))) if encoding else {}
+    span = data.draw(st.sampled_from([None,0,2,GaussianSpan(ndim, 0.2),GaussianSpan(ndim, 0.5, heads=2),GaussianSpan(ndim, 0.3, threshold=0)]))
+    m = layer(ndim, encoding=encoding, span=copy.deepcopy(span), causal=data.draw(st.booleans()), **kw)
+    x = torch.randn(2, *grid, 8).double().requires_grad_()
+    a,b = m(x),oracle(m, x)
+    torch.testing.assert_close(a, b)
+    ins = [x,*(p for p in m.parameters() if p.requires_grad)]
+    g = torch.randn_like(a)
+    for i,j in zip(*(torch.autograd.grad(y, ins, g, allow_unused=True) for y in (a,b))):
+        if i is not None and j is not None: torch.testing.assert_close(i, j, rtol=1e-5, atol=1e-8)
+        else: assert all(o is None or o.abs().max()<1e-9 for o in (i,j))
+
+def test_equivariant():
+    "Away from the border what counts is the offset only"
+    m = layer(sigma=0.05)
+    x = torch.zeros(1, 30, 30, 8).double()
+    x[:,10:16,10:16] = torch.randn(6, 6, 8).double()
+    a,b = m(x)[:,8:18,8:18],m(x.roll((4,5), (1,2)))[:,12:22,13:23]
+    torch.testing.assert_close(a, b)
+
+def test_window_holds_the_span():
+    for full in (False,True):
+        for sigma in (0.02,0.1,0.3):
+            s = GaussianSpan(2, sigma, 0.1, heads=2, full=full)
+            s.log_sigma.data += torch.tensor([[0.,0.2],[-0.5,0.1]])
+            if full: s.lean_sigma.data += torch.tensor([[3.],[-2.]])
+            grid,w = (40,50),s.window((40,50))
+            g,steps = s(window_steps((39,49)), grid),window_steps((39,49))
+            outside = (steps.abs()>torch.tensor(w)).any(-1)
+            assert (g[:,outside]<=0.1+1e-6).all()
+            inner = tuple(max(0, o-1) for o in w) # and it is no larger than it must be
+            edge = (steps.abs()<=torch.tensor(w)).all(-1)&~(steps.abs()<=torch.tensor(inner)).all(-1)
+            assert all(w[i]==grid[i]-1 or g[:,(steps[...,i].abs()<=w[i]-1).logical_not()].max()<=0.1+1e-2 for i in range(2)) and edge.any()
+
+def test_full_is_diagonal_at_first():
+    a,b = GaussianSpan(3, 0.2),GaussianSpan(3, 0.2, full=True)
+    steps = window_steps((2,3,4))
+    torch.testing.assert_close(a(steps, (9,9,9)), b(steps, (9,9,9)))
+    assert a.window((9,10,11))==b.window((9,10,11))
+
+@pytest.mark.parametrize('log_sigma', [-1e30,-50.,50.,1e30])
+@pytest.mark.parametrize('full', [False,True])
+def test_extreme_spans(log_sigma, full):
+    m = layer(span=GaussianSpan(2, full=full))
+    m.span.log_sigma.data.fill_(log_sigma)
+    y = m(torch.randn(1, 5, 6, 8).double())
+    y.sum().backward()
+    assert y.isfinite().all() and all(p.grad is None or p.grad.isfinite().all() for p in m.parameters())
+    assert m.window((5,6))==((1,1) if log_sigma<0 else (4,5))
+
+def test_siren_initialisation():
+    torch.manual_seed(0)
+    e = SirenEncoding(2, 16, hidden=400, w0=30., w0_first=5.)
+    assert e.layers[0].weight.abs().max()<=0.5 and 0.9*(6/400)**0.5/30<e.layers[1].weight.abs().max()<=(6/400)**0.5/30
+    assert all(not l.bias.any() for l in e.layers) and e.w0.tolist()==[5.,30.] and not e.w0.requires_grad
+    learned = SirenEncoding(2, 16, learn_w0=True)
+    learned(window_steps((2,2)), (3,3)).sum().backward()
+    assert learned.w0.grad.abs().min()>0
+    for kw in (dict(depth=1), dict(depth=2), dict(normalized=False), dict(act_cls=nn.ReLU)): assert SirenEncoding(2, 5, **kw)(window_steps((2,1)), (3,3)).shape==(5,3,5)
+    assert SinusoidEncoding(3, 5)(window_steps((1,2,3)), (4,4,4)).shape==(3,5,7,5)
+
+def test_precision():
+    m,x = PositionalSelfAttention(8, 2),torch.randn(2, 6, 6, 8)
+    want = m(x)
+    for dtype in (torch.bfloat16,torch.float16):
+        with torch.autocast('cpu', dtype): y = m(x)
+        assert y.dtype==dtype
+        torch.testing.assert_close(y.float(), want, rtol=0.1, atol=0.05)
+
+@pytest.mark.parametrize('size', [(6,6),(20,20)])
+def test_copies_compile_export(size):
+    "In both forms of local attention; a compiled model follows a span that moves"
+    m,x = PositionalSelfAttention(8, 2, span=GaussianSpan(2, 0.1)),torch.randn(2, *size, 8)
+    m(x).sum().backward()
+    for f in (copy.deepcopy(m), pickle.loads(pickle.dumps(m))): torch.testing.assert_close(f(x), m(x))
+    c = torch.compile(m, fullgraph=True, backend='aot_eager')
+    torch.testing.assert_close(c(x), m(x))
+    m.span.log_sigma.data += 0.7
+    want = m(x)
+    torch.testing.assert_close(c(x), want)
+    with torch.no_grad(): torch.testing.assert_close(torch.export.export(m.eval(), (x,)).module()(x), want)
+    fresh = PositionalSelfAttention(8, 2)
+    fresh.load_state_dict(m.state_dict())
+    torch.testing.assert_close(fresh(x), want)
+    torch.testing.assert_close(torch.compile(fresh, fullgraph=True, backend='aot_eager')(x), want)
+
+@pytest.mark.parametrize('kwargs', [dict(ndim=1), dict(ndim=1, causal=True, token='last'), dict(encoding='sinusoid'), dict(encoding=None, span=None), dict(combine='multiply', modulate='positional'),
+    dict(token='max', pool_after=[0,1]), dict(span=2), dict(ndim=1, pool_after=[0], pool=3)])
+def test_transformer(kwargs):
+    m = PositionalTransformer(3, 5, dim=16, depth=2, heads=2, ff=8, **kwargs)
+    for b in (0,1,2): assert m(torch.randn(b, 3, 7, 5) if kwargs.get('ndim')!=1 or b else torch.randn(b, 3, 35)).shape==(b,5)
+    m(torch.randn(2, 3, 1, 9)).sum().backward()
+    assert all(p.grad is not None for n,p in m.named_parameters() if p.requires_grad and 'v' not in n.split('.')[-1:])
+
+def data(n=24, *shape):
+    items = [(torch.randn(*shape)+i%2, i%2) for i in range(n)]
+    dls = DataLoaders.from_dsets(items, items, bs=8)
+    dls.c = 2
+    return dls
+
+@pytest.mark.parametrize('shape,ndim', [((1,6,6),None), ((3,6,5),1), ((2,12),None), ((1,3,4,5),None)])
+def test_learner(shape, ndim):
+    "Images as grids and as sequences, series, volumes; recorded spans"
+    set_seed(0)
+    learn = positional_learner(data(24, *shape), ndim, dim=8, depth=2, heads=2, loss_func=CrossEntropyLossFlat(), cbs=SpanPenalty(5.))
+    with learn.no_bar(),learn.no_logging(): learn.fit(2, 1e-2)
+    rows = learn.span_recorder.rows
+    assert len(rows)==2 and [o['layer'] for o in rows[0]['spans']]==['blocks.0.attn','blocks.1.attn']
+    last = rows[-1]['spans'][0]
+    assert len(last['window'])==(ndim or len(shape)-1) and 0<last['share']<=1
+    assert all(s<0.3 for s in last['sigma'][0])
+    show_spans(rows)
+    if (ndim or len(shape)-1)<3: show_encodings(learn, (6,)*(ndim or len(shape)-1))
+
+def test_nothing_decays():
+    m = PositionalSelfAttention(8, 2)
+    assert {n for n in m.span.no_weight_decay()}=={'log_sigma'} and len(m.encoding.no_weight_decay())==7
+
+@pytest.mark.parametrize('f,message', [(lambda: PositionalSelfAttention(9, 2), 'heads must divide'), (lambda: PositionalSelfAttention(8, 0), 'heads must be at least 1'),
+    (lambda: PositionalSelfAttention(8, 2, combine='plus'), 'unknown combine'), (lambda: PositionalSelfAttention(8, 2, modulate='none'), 'unknown modulate'),
+    (lambda: PositionalSelfAttention(8, 2, encoding='sirene'), "Did you mean 'siren'"), (lambda: PositionalSelfAttention(8, 2, span='gauss'), "Did you mean 'gaussian'"),
+    (lambda: PositionalSelfAttention(8, 2, span=-1), 'span must be at least 0'), (lambda: PositionalSelfAttention(8, 2, span=GaussianSpan(1)), 'span must be of ndim=2'),
+    (lambda: PositionalSelfAttention(8, 2, span=GaussianSpan(2, heads=3)), 'of 2 heads or 1'), (lambda: PositionalSelfAttention(8, 2, encoding=None, combine='multiply'), 'need an encoding'),
+    (lambda: GaussianSpan(2, -1.), 'sigma must be positive'), (lambda: GaussianSpan(2, threshold=-0.1), 'threshold'), (lambda: GaussianSpan(0), 'ndim'), (lambda: SinusoidEncoding(3, 8, hidden=4), 'hidden'),
+    (lambda: PositionalTransformer(3, 2, depth=0), 'depth must be at least 1'), (lambda: PositionalTransformer(3, 2, ndim=4, pool_after=[0]), '1 to 3 dimensions'),
+    (lambda: PositionalTransformer(3, 2, attn=lambda i: None, span=3), 'attn builds'), (lambda: SpanPenalty(-1.), 'weight must be'), (lambda: positional_learner(data(8, 6)), r'takes \(channels'),
+    (lambda: PositionalSelfAttention(8, 2)(torch.zeros(2, 8, 8)), 'got shape'), (lambda: PositionalSelfAttention(8, 2)(torch.zeros(2, 4, 4, 9)), 'got shape'),
+    (lambda: positional_learner(data(8, 1, 4, 4), loss_func=CrossEntropyLossFlat(), attn=lambda i: nn.Identity()), '')])
+def test_bad(f, message):
+    with pytest.raises((ValueError,AttributeError), match=message): f()
+
+def test_recorder_needs_layers():
+    learn = positional_learner(data(16, 1, 4, 4), dim=8, depth=1, heads=2, loss_func=CrossEntropyLossFlat())
+    learn.model = nn.Sequential(nn.Flatten(), nn.Linear(16, 2))
+    with learn.no_bar(),learn.no_logging(),pytest.raises(ValueError, match='no PositionalSelfAttention'): learn.fit(1)
