@@ -4,18 +4,20 @@
 
 # %% auto #0
 __all__ = ['ssa_shapes', 'benches', 'time_in_turns', 'peak_extra', 'peak_rate', 'bench_ssa', 'bench_step', 'bench_projection',
-           'bench_dropconnect', 'md_table', 'bench']
+           'bench_dropconnect', 'bench_local', 'md_table', 'bench']
 
-# %% ../nbs/03_bench.ipynb #39a7a1ce
+# %% ../nbs/03_bench.ipynb #bc2614ba
 import csv,io,time,torch
 from pathlib import Path
 from statistics import median
+from torch import nn
 from typing import Annotated
 from fastai.layers import SimpleSelfAttention as FastaiSSA
 from fastcore.script import CliError,call_parse,is_cli
 from torch.profiler import ProfilerActivity,profile
 from .core import check_name,write_atomic
 from .layers.dropconnect import DropConnect
+from .layers.local import local_attention
 from .layers.projection import SelfProjection
 from .layers.simple import SimpleSelfAttention,cheapest_order,multiply_adds
 from .models.xresnet import attn_xresnet,xresnet50
@@ -168,9 +170,46 @@ def bench_dropconnect(
         rows.append(dict(layer='DropConnect', shape=f'{b}x1024 to 1024', p=p, **row))
     return rows
 
-# %% ../nbs/03_bench.ipynb #5ffcba32
-benches = dict(ssa=bench_ssa, step=bench_step, projection=bench_projection, dropconnect=bench_dropconnect)
-_formats = dict(ms='.1f', peer_ms='.1f', speedup='.2f', low='.2f', high='.2f', of_floor='.2f', mb='.1f', peer_mb='.1f', memory='.2f', share='.1%')
+# %% ../nbs/03_bench.ipynb #818e6dea
+class _Local(nn.Module):
+    "`local_attention` with tables for parameters; `x` (queries, keys and values, B, H, *grid, D)"
+    def __init__(self, heads, d, window, block=None):
+        super().__init__()
+        self.window,self.block = window,block
+        self.p = nn.Parameter(torch.randn(heads, *[2*window+1]*2, d))
+        self.g = nn.Parameter(torch.rand(1, *[2*window+1]*2))
+    def forward(self, x): return local_attention(*x, self.window, self.p, None, self.g, block=self.block)
+
+class _PlainLocal(_Local):
+    def forward(self, x):
+        (q,k,v),(rows,cols),w = (o.flatten(2, 3) for o in x),x.shape[3:5],self.window
+        at = torch.stack(torch.meshgrid(torch.arange(rows), torch.arange(cols), indexing='ij'), -1).flatten(0, 1).to(x.device)
+        off = at[None]-at[:,None]
+        place = (off.clamp(-w, w)+w).unbind(-1)
+        p = self.p[:,place[0],place[1]] # (H, N, N, D)
+        logits = (q@k.mT+torch.einsum('bhid,hijd->bhij', q, p))*self.g[:,place[0],place[1]]
+        return ((logits/q.shape[-1]**0.5).masked_fill((off.abs()>w).any(-1), -torch.inf).softmax(-1)@v).view(x.shape[1:])
+
+def bench_local(
+    device:str='cpu', # 'cpu' or 'cuda'
+    quick:bool=False # One small grid only?
+)->list: # One row (a dict) for each grid and window
+    "`local_attention` with positions and factors, 8 heads of 8 channels, against the dense formula"
+    rows = []
+    for b,size,w in ((4,16,3),) if quick else ((4,32,3), (4,48,3), (4,32,7), (4,32,31), (1,16,3), (1,32,3), (1,64,3), (1,128,3)):
+        ours = _Local(8, 8, w).to(device)
+        x = torch.randn(3, b, 8, size, size, 8, device=device, requires_grad=True)
+        theirs,dense = (cls(8, 8, w, *block).to(device) for cls,block in ((_PlainLocal,()), (_Local,('dense',))))
+        for o in (theirs,dense): o.load_state_dict(ours.state_dict())
+        row = _beside(ours, theirs if b>1 else ours, x, device, 5)
+        if b==1: row.update(dict.fromkeys(('peer_ms','speedup','low','high','peer_mb','memory')))
+        ts, = time_in_turns([_training_step(dense, x)], device, 3, 1) if b>1 else ([],)
+        rows.append(dict(layer='local_attention', shape=f'{b}x8x{size}x{size}x8', window=f'{2*w+1}x{2*w+1}', **row, dense_ms=1e3*median(ts) if ts else None))
+    return rows
+
+# %% ../nbs/03_bench.ipynb #dcf6e797
+benches = dict(ssa=bench_ssa, step=bench_step, projection=bench_projection, dropconnect=bench_dropconnect, local=bench_local)
+_formats = dict(ms='.1f', peer_ms='.1f', speedup='.2f', low='.2f', high='.2f', of_floor='.2f', dense_ms='.1f', mb='.1f', peer_mb='.1f', memory='.2f', share='.1%')
 
 def md_table(
     rows:list # Rows (dicts with the same keys)
@@ -182,7 +221,7 @@ def md_table(
 
 @call_parse(pos=['what'])
 def bench(
-    what:Annotated[str, {'nargs':'*'}]=None, # ssa, projection, dropconnect (layers), step (a whole network); default: all
+    what:Annotated[str, {'nargs':'*'}]=None, # ssa, projection, dropconnect, local (layers), step (a whole network); default: all
     device:str='cpu', # cpu or cuda
     quick:bool=False, # Smaller and fewer measurements
     out:str=None # Folder for the same tables as CSV files

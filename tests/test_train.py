@@ -160,3 +160,13 @@ def test_rows_of_callbacks(tmp_path):
     learn.fit(2, cbs=[RunFile(tmp_path/'a.json', {}), DropConnectSchedule(SchedLin(0., 0.5))])
     ps = [r['p'] for r in json.loads((tmp_path/'a.json').read_text())['epochs']]
     assert 0.2<ps[0]<0.25 and 0.4<ps[1]<0.5
+
+def test_positional(tmp_path):
+    "Spans are in the file; options that mean nothing without a span are not told apart"
+    runs = quick(tmp_path, arch='positional', dim=8, depth=1, heads=2, size=6, span=['none','gaussian'], threshold=[0.,0.1], penalty=1.)
+    assert [(r['config']['span'],r['config']['threshold']) for r in runs]==[('none',None),('gaussian',0.),('gaussian',0.1)]
+    spans = [r['epochs'][0]['spans'][0] for r in runs]
+    assert spans[0]['sigma'] is None and spans[0]['share']==spans[1]['share']==1 and spans[2]['sigma'][0][0]<0.3
+    quick(tmp_path, arch='positional', dim=8, depth=1, heads=2, size=6, ndim=1, encoding='sinusoid', causal=True, combine='multiply')
+    for kwargs,message in ((dict(heads=3), 'heads must divide'), (dict(encoding='sines'), 'unknown encoding'), (dict(span='box'), 'unknown span'), (dict(sigma=0.), 'sigma must be'), (dict(token='first'), 'unknown token')):
+        with pytest.raises(ValueError, match=message): quick(tmp_path, arch='positional', dim=8, depth=1, size=6, **kwargs)

@@ -53,7 +53,7 @@ def _join(x, grid, block):
     x = x.reshape(*x.shape[:2], *(m*b for m,b in zip(n, block)), x.shape[-1])
     return x[(slice(None),slice(None),*(slice(s) for s in grid))]
 
-# %% ../../nbs/layers/03_local.ipynb #783c4971
+# %% ../../nbs/layers/03_local.ipynb #86a1b202
 def _strides(sizes): return [prod(sizes[i+1:]) for i in range(len(sizes))]
 
 def _windows(x, block, halo):
@@ -62,10 +62,10 @@ def _windows(x, block, halo):
     return x.as_strided((*x.shape[:-2],*block,*(t-b+1 for t,b in zip(halo, block))), (*x.stride()[:-2],*(i*x.shape[-1]+j for i,j in zip(a, h)),*h))
 
 def _tiles(q, n_keys):
-    "Slices of heads and blocks: on a CPU about a million logits at a time"
+    "Slices of heads and blocks: on a CPU about a quarter of a million logits at a time"
     n_heads,n,b,a,_ = q.shape
     if q.device.type!='cpu' or torch.compiler.is_compiling(): return [(slice(0, n_heads),slice(0, n))]
-    step = max(1, 2**20//(b*a*n_keys))
+    step = max(1, 2**18//(b*a*n_keys))
     return [(slice(h, h+1),slice(i, i+step)) for h in range(n_heads) for i in range(0, n, step)]
 
 def _of_heads(t, hs): return t if t is None or len(t)==1 else t[hs]

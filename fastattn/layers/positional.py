@@ -5,15 +5,16 @@
 # %% auto #0
 __all__ = ['encodings', 'PositionalSelfAttention']
 
-# %% ../../nbs/layers/05_positional.ipynb #5ae65c81
+# %% ../../nbs/layers/05_positional.ipynb #9797422a
 import torch
 from math import prod
+from operator import index
 from torch import nn
 from ..core import check_name
 from .local import local_attention
 from .position import GaussianSpan,SinusoidEncoding,SirenEncoding,window_steps
 
-# %% ../../nbs/layers/05_positional.ipynb #9d8a19ad
+# %% ../../nbs/layers/05_positional.ipynb #f1dc94e5
 encodings = dict(siren=SirenEncoding, sinusoid=SinusoidEncoding)
 
 class PositionalSelfAttention(nn.Module):
@@ -52,14 +53,14 @@ class PositionalSelfAttention(nn.Module):
 
     def window(self, grid):
         "How many steps the window reaches in each dimension of `grid`"
-        if isinstance(self.span, int): return tuple(min(self.span, s-1) for s in grid)
+        if isinstance(self.span, int): return tuple([min(self.span, s-1) for s in grid])
         return tuple(s-1 for s in grid) if self.span is None else self.span.window(grid)
 
     def forward(self, x):
         "`x` (B, *grid, dim) -> the same shape"
         if x.dim()!=self.ndim+2 or x.shape[-1]!=self.qkv.in_features:
             raise ValueError(f"PositionalSelfAttention takes (batch, {self.ndim} dimension{'s'*(self.ndim>1)} of the grid, {self.qkv.in_features}), got shape {tuple(x.shape)}")
-        grid = x.shape[1:-1]
+        grid = tuple([index(o) for o in x.shape[1:-1]])
         q,k,v = self.qkv(x).unflatten(-1, (3,self.heads,-1)).movedim((-3,-2), (0,2)) # each (B, heads, *grid, d)
         window = self.window(grid)
         steps = window_steps(window, x.device)

@@ -5,15 +5,16 @@
 # %% auto #0
 __all__ = ['recipes', 'opt_funcs', 'acts', 'pools', 'builders', 'scheds', 'build_xresnet', 'build_projection',
            'build_dropconnect', 'build_positional', 'variants', 'variant_name', 'run_path', 'RunFile', 'build_learner',
-           'read_done', 'train_run', 'runs_table', 'plot_curves', 'train']
+           'read_done', 'train_run', 'runs_table', 'read_runs', 'compare_table', 'plot_curves', 'train']
 
-# %% ../../nbs/recipes/01_train.ipynb #3755f059
+# %% ../../nbs/recipes/01_train.ipynb #c7f8475d
 import fastai,gc,hashlib,json,math,platform,sys,time,timm,torch
 from contextlib import suppress
 from datetime import datetime,timezone
 from functools import partial
 from itertools import product
 from pathlib import Path
+from scipy.stats import ttest_rel
 from statistics import mean,stdev
 from typing import Annotated
 from torch import nn
@@ -52,7 +53,7 @@ opt_funcs = dict(
 acts = {o.__name__: o for o in (nn.Mish, nn.ReLU, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU)}
 pools = {o.__name__: o for o in (AvgPool, MaxPool)}
 
-# %% ../../nbs/recipes/01_train.ipynb #54d2ff09
+# %% ../../nbs/recipes/01_train.ipynb #2a832b3a
 def _ints(o): return [int(i) if i.lstrip('-').isdigit() else i for i in str(o).split(',')]
 
 def build_xresnet(dls, arch, attn, act, pool, stages='1', blocks='last', **kwargs):
@@ -71,7 +72,7 @@ def build_dropconnect(dls, arch, hidden, act, **kwargs):
     if any(isinstance(o, str) for o in units): raise ValueError(f"hidden must be numbers of units, such as 800,800; got {hidden!r}")
     return dropconnect_learner(dls, units, act_cls=acts[check_name(act, acts, 'activation')], **kwargs)
 
-def build_positional(dls, arch, ndim, dim, depth, heads, token, encoding, span, combine, penalty, causal, sigma=0.3, threshold=0.1, modulate='all', cbs=(), **kwargs):
+def build_positional(dls, arch, ndim, dim, depth, heads, token, encoding, span, combine, causal, sigma=0.3, threshold=0.1, modulate='all', penalty=0., cbs=(), **kwargs):
     "`positional_learner` from the words of a command line"
     def attn(i): return PositionalSelfAttention(dim, heads, ndim, None if encoding=='none' else encoding,
         dict(none=None, gaussian=GaussianSpan(ndim, sigma, threshold))[check_name(span, ['none','gaussian'], 'span')], combine, modulate, causal)
@@ -87,7 +88,7 @@ builders = {
 
 scheds = dict(flat_cos=Learner.fit_flat_cos, one_cycle=Learner.fit_one_cycle)
 
-# %% ../../nbs/recipes/01_train.ipynb #789f2513
+# %% ../../nbs/recipes/01_train.ipynb #cccc0245
 def _values(o): return list(o) if isinstance(o, (list,tuple)) else [o]
 def _as(default, o): return o if o is None else type(_values(default)[0])(o)
 
@@ -98,7 +99,7 @@ def _defaults(data, arch, opt=None):
     opt = opt or own.get('opt', 'ranger')
     return merge(dict(data=str(data), arch=arch), options, recipe, _common, own, dict(opt=opt), opt_funcs[check_name(opt, opt_funcs, 'optimiser')][1])
 
-_void = {('attn','none'): ('stages','blocks'), ('drop','none'): ('p','inference'), ('drop','dropout'): ('inference',), ('span','none'): ('sigma','threshold','modulate')} # options that then mean nothing
+_void = {('attn','none'): ('stages','blocks'), ('drop','none'): ('p','inference'), ('drop','dropout'): ('inference',), ('span','none'): ('sigma','threshold','modulate','penalty')} # options that then mean nothing
 
 def variants(
     data='digits', # Name of a data set, or a folder of images
@@ -222,7 +223,7 @@ def train_run(
         if not isinstance(e, FloatingPointError): raise
     return record
 
-# %% ../../nbs/recipes/01_train.ipynb #282336a0
+# %% ../../nbs/recipes/01_train.ipynb #b43aa038
 def _summary(variant, runs):
     done = [o for o in runs if o['state']=='done']
     n = str(len(runs)) if len(done)==len(runs) else f'{len(done)} of {len(runs)}'
@@ -239,6 +240,32 @@ def runs_table(
     rows += [_summary(v, [o for o in runs if o['variant']==v]) for v in dict.fromkeys(o['variant'] for o in runs)]
     widths = [max(map(len, col)) for col in zip(*rows)]
     return '\n'.join('  '.join([row[0].ljust(widths[0])]+[o.rjust(w) for o,w in zip(row[1:], widths[1:])]) for row in rows)
+
+def read_runs(
+    out # Folder of runs, or of all runs
+)->list: # Their records, by variant and seed
+    "The records of the runs below `out` that are done"
+    records = [json.loads(f.read_text()) for f in Path(out).rglob('seed*.json')]
+    return sorted((o for o in records if o['state']=='done'), key=lambda o: (o['variant'],o['seed']))
+
+def compare_table(
+    runs:list, # Records of runs
+    by, # What to compare: record -> label
+    baseline # The label to compare with
+)->str:
+    "A table in Markdown: final accuracy by label, and the difference to `baseline` over the seeds that both have, with its 95% interval and the p of a paired t-test"
+    accs = {}
+    for o in runs: accs.setdefault(by(o), {})[o['seed']] = o['accuracy']
+    base = accs[baseline]
+    rows = ['| | runs | accuracy | sd | difference | 95% interval | p |', '|---|---|---|---|---|---|---|']
+    for label in [baseline,*(o for o in accs if o!=baseline)]:
+        xs,both = list(accs[label].values()),[k for k in accs[label] if k in base]
+        row = [str(label),str(len(xs)),f'{mean(xs):.2%}',f'{stdev(xs):.2%}' if len(xs)>1 else '']
+        if label==baseline or len(both)<2: rows.append('| '+' | '.join([*row,'','','']).strip()+' |'); continue
+        test = ttest_rel(*([o[k] for k in both] for o in (accs[label],base)))
+        low,high = test.confidence_interval(0.95)
+        rows.append('| '+' | '.join([*row,f'{(low+high)/2:+.2%}',f'{low:+.2%} to {high:+.2%}',f'{test.pvalue:.2f}'])+' |')
+    return '\n'.join(rows)
 
 def _mean_curve(runs, k): return [mean(o) for o in zip(*([e[k] for e in r['epochs']] for r in runs))]
 
