@@ -31,9 +31,12 @@ doc_link = re.compile(r'\(' + re.escape(cfg.doc_host + cfg.doc_baseurl.rstrip('/
 
 nested = re.compile(r'\[\[(`[^`]+`)\]\([^)]*\)\]\(') # a symbol linked inside the text of a link: the outer link holds
 
+targets = {} # a function may differ from a class, such as dropconnect, by its capitals only: the first has the target
+
 @patch
 def _repr_markdown_(self:BasicMarkdownRenderer):
-    return f"({self.nm.lower()})=\n{'#'*self.title_level} {self.nm}\n\n{MarkdownRenderer._repr_markdown_(self)}"
+    target = f'({self.nm.lower()})=\n' if targets.setdefault(self.nm.lower(), self.nm)==self.nm else ''
+    return f"{target}{'#'*self.title_level} {self.nm}\n\n{MarkdownRenderer._repr_markdown_(self)}"
 
 def to_myst(cell):
     "`show_doc` as Markdown, links to symbols as references, no directives"

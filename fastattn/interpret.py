@@ -5,10 +5,9 @@
 # %% auto #0
 __all__ = ['show_spans', 'show_encodings']
 
-# %% ../nbs/04_interpret.ipynb #874e61ad
+# %% ../nbs/04_interpret.ipynb #363b55e2
 import matplotlib.pyplot as plt
 import torch
-from torch import nn
 from .layers.position import GaussianSpan,window_steps
 from .layers.positional import PositionalSelfAttention
 

@@ -26,7 +26,7 @@ def _draw(words, ones, generator):
         if digit=='1': words |= r
         else: words &= r
 
-# %% ../../nbs/layers/02_dropconnect.ipynb #6e203515
+# %% ../../nbs/layers/02_dropconnect.ipynb #e4208082
 def _block(n_rows, n_in, n_out, device):
     "How many outputs and rows a block of the mask holds"
     n = 2**19 if device.type=='cpu' else 2**26
@@ -46,7 +46,7 @@ def _masks(n_rows, n_in, n_out, p, seed, device):
             mask = ((words>>shifts) & 0x0101010101010101).view(torch.uint8)
             yield slice(o, o+shape[0]),slice(r, r+shape[1]),mask.flatten()[:shape[0]*shape[1]*n_in].view(shape)
 
-# %% ../../nbs/layers/02_dropconnect.ipynb #8b1ddc8d
+# %% ../../nbs/layers/02_dropconnect.ipynb #75196d4f
 @torch.library.custom_op('fastattn::masked_product', mutates_args=())
 def masked_product(
     x:Optional[Tensor], # (R, I)
@@ -83,7 +83,7 @@ def _backward(ctx, grad):
 
 masked_product.register_autograd(_backward, setup_context=_save)
 
-# %% ../../nbs/layers/02_dropconnect.ipynb #210aedc2
+# %% ../../nbs/layers/02_dropconnect.ipynb #00d2f974
 def _check_p(p):
     if not 0<=p<1: raise ValueError(f"p is the probability of dropping, from 0 to less than 1; got {p}")
 
@@ -106,7 +106,7 @@ def dropconnect(
     if bias is not None: y.add_(bias.to(y.dtype))
     return y.view(*x.shape[:-1], len(weight))
 
-# %% ../../nbs/layers/02_dropconnect.ipynb #43ee7fe9
+# %% ../../nbs/layers/02_dropconnect.ipynb #da894131
 def _linear_like(cls, m, **kwargs):
     "A `cls` with the very parameters of the linear layer `m`"
     new = cls(m.in_features, m.out_features, m.bias is not None, device='meta', **kwargs)
@@ -147,7 +147,7 @@ class DropConnect(nn.Linear):
 
     def extra_repr(self): return f'{super().extra_repr()}, p={self.p}, inference={self.inference!r}'
 
-# %% ../../nbs/layers/02_dropconnect.ipynb #e96e39b3
+# %% ../../nbs/layers/02_dropconnect.ipynb #bc8964ea
 def _swap(model, found, build):
     "Put `build(m)` in the place of each of the modules `found`, a dict by name; one new module for each old one, however often it is used"
     new = {m: build(m) for m in found.values()}

@@ -53,7 +53,7 @@ def _join(x, grid, block):
     x = x.reshape(*x.shape[:2], *(m*b for m,b in zip(n, block)), x.shape[-1])
     return x[(slice(None),slice(None),*(slice(s) for s in grid))]
 
-# %% ../../nbs/layers/03_local.ipynb #86a1b202
+# %% ../../nbs/layers/03_local.ipynb #a034f733
 def _strides(sizes): return [prod(sizes[i+1:]) for i in range(len(sizes))]
 
 def _windows(x, block, halo):
@@ -136,7 +136,7 @@ def _add(total, hs, x):
     if len(total)==1: total += x.sum(0, keepdim=True)
     else: total[hs] += x
 
-# %% ../../nbs/layers/03_local.ipynb #7b0007ca
+# %% ../../nbs/layers/03_local.ipynb #4cbe565f
 def _earlier(lo, hi, device):
     "Which offsets from `lo` to `hi` are not later in reading order, (*window)"
     n = [h-l+1 for l,h in zip(lo, hi)]
@@ -166,7 +166,7 @@ def _windowed(q, k, v, grid, lo, hi, p, q_pos, factor, multiply, causal, block):
     halo = [b-l+h for b,l,h in zip(block, lo, hi)]
     return _join(_BlockAttention.apply(q, kv, q_pos, p, factor, bias, (block,halo), multiply), grid, block)
 
-# %% ../../nbs/layers/03_local.ipynb #4cb0172c
+# %% ../../nbs/layers/03_local.ipynb #d613873f
 def _skew(x, block, grid):
     "A view of a new tensor `x` (..., a, offsets from 1-b to s-1 in each dimension): for each query the offsets of the keys, (..., a, N)"
     o = _strides([s+b-1 for s,b in zip(grid, block)])
@@ -211,7 +211,7 @@ def _dense(q, k, v, grid, lo, hi, p, q_pos, factor, multiply, causal):
         out.append(checkpoint(_slab, *args, use_reentrant=False) if torch.is_grad_enabled() else _slab(*args))
     return torch.cat(out, 2).unflatten(2, grid)
 
-# %% ../../nbs/layers/03_local.ipynb #9004a5e5
+# %% ../../nbs/layers/03_local.ipynb #5cf81059
 def _cost(grid, block, lo, hi, d, has_p):
     "About the time of blocks of this size"
     halo,n = prod([b-l+h for b,l,h in zip(block, lo, hi)]),prod([-(-s//b) for s,b in zip(grid, block)])
@@ -226,7 +226,7 @@ def _cheapest(grid, lo, hi, d, has_p):
         if cost<least: best,least = block,cost
     return best
 
-# %% ../../nbs/layers/03_local.ipynb #8a6dbc6d
+# %% ../../nbs/layers/03_local.ipynb #6070820e
 def local_attention(
     q, # Queries (B, H, *grid, D), floating point; a grid of any number of dimensions
     k, # Keys (B, H, *grid, D)

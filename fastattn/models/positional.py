@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['tokens', 'PositionalBlock', 'PositionalTransformer']
 
-# %% ../../nbs/models/03_positional.ipynb #4fafd94e
-import torch
+# %% ../../nbs/models/03_positional.ipynb #18010aee
 from torch import nn
 import torch.nn.functional as F
 from ..core import check_name

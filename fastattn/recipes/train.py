@@ -7,7 +7,7 @@ __all__ = ['recipes', 'opt_funcs', 'acts', 'pools', 'builders', 'scheds', 'build
            'build_dropconnect', 'build_positional', 'variants', 'variant_name', 'run_path', 'RunFile', 'build_learner',
            'read_done', 'train_run', 'runs_table', 'read_runs', 'compare_table', 'plot_curves', 'train']
 
-# %% ../../nbs/recipes/01_train.ipynb #c7f8475d
+# %% ../../nbs/recipes/01_train.ipynb #65e39e9f
 import fastai,gc,hashlib,json,math,platform,sys,time,timm,torch
 from contextlib import suppress
 from datetime import datetime,timezone
@@ -31,7 +31,7 @@ from ..layers.position import GaussianSpan
 from ..layers.positional import PositionalSelfAttention
 from ..learner import dropconnect_learner,positional_learner,projection_learner,ssa_learner
 from ..models.xresnet import archs
-from .data import get_dls,datasets
+from .data import get_dls
 
 # %% ../../nbs/recipes/01_train.ipynb #11b3f6a5
 recipes = dict(
