@@ -4,7 +4,7 @@ import pytest,torch
 from hypothesis import given,settings,strategies as st
 from torch import nn
 import torch.nn.functional as F
-from fastattn.layers.dropconnect import DropConnect,_digits,_masks,_ones,dropconnect,masked_product,to_dropconnect,to_linear
+from fastattn.layers.dropconnect import DropConnect,_digits,_masks,_ones,dropconnect,_masked_product,to_dropconnect,to_linear
 
 few = settings(deadline=None, derandomize=True, max_examples=40)
 
@@ -38,7 +38,7 @@ def test_many_blocks(r, i, o):
     x,w,g = torch.randn(r, i),torch.randn(o, i),torch.randn(r, o)
     mask,seed = whole_mask(r, i, o, 0.5, 7).float(),torch.tensor(7)
     for args,eq,ops in (((x,w,None),'roi,oi,ri->ro',(w,x)), ((None,w,g),'roi,oi,ro->ri',(w,g)), ((x,None,g),'roi,ri,ro->oi',(x,g))):
-        torch.testing.assert_close(masked_product(*args, seed, 0.5), torch.einsum(eq, mask, *ops), rtol=1e-3, atol=2e-2)
+        torch.testing.assert_close(_masked_product(*args, seed, 0.5), torch.einsum(eq, mask, *ops), rtol=1e-3, atol=2e-2)
 
 def test_gradients_of_gradients():
     x,w = torch.randn(3, 4).double().requires_grad_(),torch.randn(2, 4).double().requires_grad_()
@@ -47,7 +47,7 @@ def test_gradients_of_gradients():
 
 def test_opcheck():
     x,w,g = torch.randn(3, 4, requires_grad=True),torch.randn(2, 4, requires_grad=True),torch.randn(3, 2, requires_grad=True)
-    for args in ((x,w,None), (None,w,g), (x,None,g)): torch.library.opcheck(masked_product, (*args, torch.tensor(3), 0.5))
+    for args in ((x,w,None), (None,w,g), (x,None,g)): torch.library.opcheck(_masked_product, (*args, torch.tensor(3), 0.5))
 
 @pytest.mark.parametrize('p', [0.5,0.25,0.1,0.9,2**-17,0.99999])
 def test_share_kept(p):
