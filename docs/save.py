@@ -9,7 +9,7 @@ from nbdev.test import nbdev_test
 @call_parse(pos=['path'])
 def save(path:str=None): # A notebook or directory
     "Run notebooks, save their outputs, and tidy them"
-    nbdev_test.__wrapped__(path, save=True, n_workers=1)
+    nbdev_test.__wrapped__(path, flags='slow', save=True, n_workers=1)
     for f in nbglob(path or get_config().nbs_path, as_path=True):
         nb = read_nb(f)
         for c in nb.cells:

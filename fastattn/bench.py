@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ssa_shapes', 'benches', 'time_in_turns', 'peak_extra', 'peak_rate', 'bench_ssa', 'bench_step', 'bench_projection',
-           'bench_dropconnect', 'bench_local', 'md_table', 'bench']
+           'bench_dropconnect', 'bench_local', 'bench_local2d', 'md_table', 'bench']
 
 # %% ../nbs/03_bench.ipynb #bc2614ba
 import csv,io,time,torch
@@ -207,8 +207,35 @@ def bench_local(
         rows.append(dict(layer='local_attention', shape=f'{b}x8x{size}x{size}x8', window=f'{2*w+1}x{2*w+1}', **row, dense_ms=1e3*median(ts) if ts else None))
     return rows
 
-# %% ../nbs/03_bench.ipynb #dcf6e797
-benches = dict(ssa=bench_ssa, step=bench_step, projection=bench_projection, dropconnect=bench_dropconnect, local=bench_local)
+# %% ../nbs/03_bench.ipynb #572e3b13
+class _Local2D(nn.Module):
+    "Cells look at their neighbours, as they are"
+    def __init__(self, dim, window):
+        super().__init__()
+        self.window = window
+    def forward(self, x): return local_attention(*[x[:,None]]*3, self.window)[:,0]
+
+class _PlainLocal2D(_Local2D):
+    def forward(self, x):
+        (b,rows,cols,d),w = x.shape,self.window
+        near = [x[:,max(0, i-w):i+w+1,max(0, j-w):j+w+1].flatten(1, 2) for i in range(rows) for j in range(cols)]
+        return torch.stack([(q[:,None]*d**-0.5@k.mT).softmax(-1)@k for q,k in zip(x.flatten(1, 2).unbind(1), near)], 1).view(x.shape)
+
+def bench_local2d(
+    device:str='cpu', # 'cpu' or 'cuda'
+    quick:bool=False # The small matrix only?
+)->list: # One row (a dict) for each size of matrix
+    "Local 2-D attention without projections against nonlinear-transformer 0.0.3, 3 cells to every side"
+    try: from heptapod.model import Local2DAttention as Peer
+    except ImportError: Peer = _PlainLocal2D
+    rows = []
+    for size in (10,) if quick else (10,32,64):
+        x = torch.randn(4, size, size, 128, device=device, requires_grad=True)
+        rows.append(dict(layer='Local2DAttention', shape=f'4x{size}x{size}x128', window='7x7', peer='formula' if Peer is _PlainLocal2D else 'package', **_beside(_Local2D(128, 3), Peer(128, 3), x, device, 5)))
+    return rows
+
+# %% ../nbs/03_bench.ipynb #d7ffc61e
+benches = dict(ssa=bench_ssa, step=bench_step, projection=bench_projection, dropconnect=bench_dropconnect, local=bench_local, local2d=bench_local2d)
 _formats = dict(ms='.1f', peer_ms='.1f', speedup='.2f', low='.2f', high='.2f', of_floor='.2f', dense_ms='.1f', mb='.1f', peer_mb='.1f', memory='.2f', share='.1%')
 
 def md_table(
@@ -221,7 +248,7 @@ def md_table(
 
 @call_parse(pos=['what'])
 def bench(
-    what:Annotated[str, {'nargs':'*'}]=None, # ssa, projection, dropconnect, local (layers), step (a whole network); default: all
+    what:Annotated[str, {'nargs':'*'}]=None, # ssa, projection, dropconnect, local, local2d (layers), step (a whole network); default: all
     device:str='cpu', # cpu or cuda
     quick:bool=False, # Smaller and fewer measurements
     out:str=None # Folder for the same tables as CSV files

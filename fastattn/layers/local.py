@@ -136,7 +136,7 @@ def _add(total, hs, x):
     if len(total)==1: total += x.sum(0, keepdim=True)
     else: total[hs] += x
 
-# %% ../../nbs/layers/03_local.ipynb #4cbe565f
+# %% ../../nbs/layers/03_local.ipynb #07575541
 def _earlier(lo, hi, device):
     "Which offsets from `lo` to `hi` are not later in reading order, (*window)"
     n = [h-l+1 for l,h in zip(lo, hi)]
@@ -161,12 +161,19 @@ def _windowed(q, k, v, grid, lo, hi, p, q_pos, factor, multiply, causal, block):
     if causal: hi = [0,*hi[1:]] # nothing later in the first dimension
     crop = (slice(None),*(slice(0, h-l+1) for l,h in zip(lo, hi)))
     p,factor = None if p is None else p[crop].flatten(1, d),None if factor is None else factor[crop].flatten(1)
-    bias = _bias(_seen(grid, block, lo, hi, causal, q.device), torch.promote_types(q.dtype, torch.float32))
+    seen,halo = _seen(grid, block, lo, hi, causal, q.device),[b-l+h for b,l,h in zip(block, lo, hi)]
+    if p is None and factor is None: return _join(_plain(_blocks(q, block), *(_blocks(o, block, lo, hi) for o in (k,v)), seen, (block,halo)), grid, block)
     kv,q,q_pos = _blocks(torch.cat((k,v), -1), block, lo, hi),_blocks(q, block),None if p is None else _blocks(q_pos, block)
-    halo = [b-l+h for b,l,h in zip(block, lo, hi)]
+    bias = _bias(seen, torch.promote_types(q.dtype, torch.float32))
     return _join(_BlockAttention.apply(q, kv, q_pos, p, factor, bias, (block,halo), multiply), grid, block)
 
-# %% ../../nbs/layers/03_local.ipynb #d613873f
+def _plain(q, k, v, seen, form):
+    "The same with content only: PyTorch's attention, and a mask over the halo"
+    bias = _bias(seen, q.dtype)
+    full = _write(bias.new_full((*bias.shape[:-1],k.shape[3]), torch.finfo(q.dtype).min/2), bias, form).expand(len(q), -1, -1, -1, -1)
+    return F.scaled_dot_product_attention(*(o.flatten(0, 1) for o in (q,k,v,full)), scale=1.).unflatten(0, q.shape[:2])
+
+# %% ../../nbs/layers/03_local.ipynb #1f47019c
 def _skew(x, block, grid):
     "A view of a new tensor `x` (..., a, offsets from 1-b to s-1 in each dimension): for each query the offsets of the keys, (..., a, N)"
     o = _strides([s+b-1 for s,b in zip(grid, block)])
@@ -184,6 +191,7 @@ def _places(block, grid, device):
     return at.flatten(d).flatten(0, d-1)
 
 def _slab(q, k, v, p, q_pos, factor, bias, block, grid, multiply):
+    if p is None and factor is None: return F.scaled_dot_product_attention(q, k, v, bias, scale=1.)
     logits = (q@k.mT).to(bias.dtype)
     if p is not None:
         pos = _skew((q_pos@p.mT).to(bias.dtype).contiguous(), block, grid)
@@ -193,40 +201,43 @@ def _slab(q, k, v, p, q_pos, factor, bias, block, grid, multiply):
 
 def _dense(q, k, v, grid, lo, hi, p, q_pos, factor, multiply, causal):
     d,dev = len(grid),q.device
+    keys,all_seen = (k.flatten(2, -2),v.flatten(2, -2)),not causal and all(h>=s-1 for s,h in zip(grid, hi))
+    if p is None and factor is None and all_seen: return F.scaled_dot_product_attention(q.flatten(2, -2), *keys, scale=1.).unflatten(2, grid)
     full = [range(1-s, s) for s in grid]
     seen = _earlier([o[0] for o in full], [o[-1] for o in full], dev) if causal else torch.ones([len(o) for o in full], dtype=torch.bool, device=dev)
     inside = tuple(slice(s-1+l, s+h) for s,l,h in zip(grid, lo, hi))
     near = torch.zeros_like(seen)
     near[inside] = True
-    bias = _bias(seen&near, torch.promote_types(q.dtype, torch.float32))
+    bias = _bias(seen&near, q.dtype if p is None and factor is None else torch.promote_types(q.dtype, torch.float32))
     pads = [o for s,l,h in reversed(list(zip(grid, lo, hi))) for o in (s-1+l,s-1-h)]
     p,factor = None if p is None else F.pad(p, [0,0]+pads),None if factor is None else F.pad(factor, pads)
     rows = max(1, min(grid[0], 2**20//max(1, prod(q.shape[:2])*prod(grid[1:])*prod(grid)))) if dev.type=='cpu' else grid[0]
-    keys,out = (k.flatten(2, -2),v.flatten(2, -2)),[]
+    again,out = torch.is_grad_enabled() and rows<grid[0],[]
     for r in range(0, grid[0], rows):
         block = (min(rows, grid[0]-r),*grid[1:])
         at,offs = _places(block, grid, dev),slice(grid[0]-r-block[0], 2*grid[0]-1-r)
         def part(o): return None if o is None else o[:,:,r:r+rows].flatten(2, -2)
         args = (part(q),*keys,None if p is None else p[:,offs].flatten(1, d),part(q_pos),None if factor is None else factor[:,offs].flatten(1)[:,at],bias[offs].flatten()[at],block,grid,multiply)
-        out.append(checkpoint(_slab, *args, use_reentrant=False) if torch.is_grad_enabled() else _slab(*args))
+        out.append(checkpoint(_slab, *args, use_reentrant=False) if again else _slab(*args))
     return torch.cat(out, 2).unflatten(2, grid)
 
-# %% ../../nbs/layers/03_local.ipynb #5cf81059
-def _cost(grid, block, lo, hi, d, has_p):
+# %% ../../nbs/layers/03_local.ipynb #3ee5c813
+def _cost(grid, block, lo, hi, d, has_p, plain):
     "About the time of blocks of this size"
-    halo,n = prod([b-l+h for b,l,h in zip(block, lo, hi)]),prod([-(-s//b) for s,b in zip(grid, block)])
-    return n*(halo*8*d+prod(block)*(halo*(d+12)+prod([h-l+1 for l,h in zip(lo, hi)])*(16+has_p*d)))
+    halo,n,a = prod([b-l+h for b,l,h in zip(block, lo, hi)]),prod([-(-s//b) for s,b in zip(grid, block)]),prod(block)
+    if plain: return n*(halo*8*d+max(a, 32)*halo*(d+4))
+    return n*(halo*8*d+a*(halo*(d+12)+prod([h-l+1 for l,h in zip(lo, hi)])*(16+has_p*d)))
 
-def _cheapest(grid, lo, hi, d, has_p):
-    "A size of block, or None for the dense form"
-    best,least = None,prod(grid)**2*(16+d+has_p*2*d)
+def _cheapest(grid, lo, hi, d, has_p, plain=False):
+    "A size of block, or None for the dense form; `d` the channels of a key and a value, `plain` without position and factor"
+    best,least = None,prod(grid)**2*(4+d if plain else 16+d+has_p*2*d)
     for size in (2,4,8,16,32):
         block = tuple([min(size, s) for s in grid])
-        cost = _cost(grid, block, lo, hi, d, has_p)
+        cost = _cost(grid, block, lo, hi, d, has_p, plain)
         if cost<least: best,least = block,cost
     return best
 
-# %% ../../nbs/layers/03_local.ipynb #6070820e
+# %% ../../nbs/layers/03_local.ipynb #83e6e3b4
 def local_attention(
     q, # Queries (B, H, *grid, D), floating point; a grid of any number of dimensions
     k, # Keys (B, H, *grid, D)
@@ -258,9 +269,13 @@ def local_attention(
     p,factor = None if p is None else p[near],None if factor is None else factor[near]
     dev = q.device.type
     if torch.is_autocast_enabled(dev): q,k,v,q_pos,p = (None if o is None or o.dtype==torch.float64 else o.to(torch.get_autocast_dtype(dev)) for o in (q, k, v, q_pos, p))
+    dtype = v.dtype
     q,q_pos = q*q.shape[-1]**-0.5,q_pos if combine=='multiply' else q_pos*q.shape[-1]**-0.5
-    if block is None: block = _cheapest(grid, [-s for s in steps], steps, q.shape[-1]+v.shape[-1], p is not None) or 'dense'
+    wide,plain = (torch.float32 if dev=='cpu' and q.dtype.itemsize==2 else q.dtype),p is None and factor is None
+    if plain: q,k,v = (o.to(wide) for o in (q,k,v)) # in half precision PyTorch's attention is slow on a CPU
+    if block is None: block = _cheapest(grid, [-s for s in steps], steps, q.shape[-1]+v.shape[-1], p is not None, plain) or 'dense'
     args = q,k,v,grid,[-s for s in steps],steps,p,q_pos,factor,combine=='multiply',causal
     with torch.autocast(dev, enabled=False):
-        if isinstance(block, str): return _dense(*args)
-        return _windowed(*args, tuple(min(b, s) for b,s in zip([block]*d if isinstance(block, int) else block, grid)))
+        if isinstance(block, str): y = _dense(*args)
+        else: y = _windowed(*args, tuple(min(b, s) for b,s in zip([block]*d if isinstance(block, int) else block, grid)))
+        return y.to(dtype)

@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['encodings', 'PositionalSelfAttention']
 
-# %% ../../nbs/layers/05_positional.ipynb #9797422a
+# %% ../../nbs/layers/05_positional.ipynb #f2a20652
 import torch
 from math import prod
 from operator import index
 from torch import nn
 from ..core import check_name
 from .local import local_attention
-from .position import GaussianSpan,SinusoidEncoding,SirenEncoding,window_steps
+from .position import GaussianSpan,SinusoidEncoding,SirenEncoding,rotary,window_steps
 
-# %% ../../nbs/layers/05_positional.ipynb #f1dc94e5
+# %% ../../nbs/layers/05_positional.ipynb #c16df564
 encodings = dict(siren=SirenEncoding, sinusoid=SinusoidEncoding)
 
 class PositionalSelfAttention(nn.Module):
@@ -24,8 +24,8 @@ class PositionalSelfAttention(nn.Module):
         dim:int, # Channels of the input
         heads:int, # Number of heads; divides `dim`
         ndim:int=2, # Number of dimensions of the grid
-        encoding='siren', # 'siren', 'sinusoid', None, or a module: (offsets in steps, grid) -> vectors of `dim`
-        span='gaussian', # 'gaussian', a `GaussianSpan`, a fixed number of steps, or None to see everything
+        encoding='siren', # 'siren', 'sinusoid', 'rotary', None, or a module: (offsets in steps, grid) -> vectors of `dim`
+        span='gaussian', # 'gaussian', a `GaussianSpan`, a fixed number of steps (or one for each dimension), or None to see everything
         combine:str='add', # 'add' or 'multiply' content and position
         modulate:str='all', # What the span's factor acts on: 'all' logits or the 'positional' ones
         causal:bool=False # See only what is not later in reading order?
@@ -36,25 +36,31 @@ class PositionalSelfAttention(nn.Module):
         if dim%heads: raise ValueError(f"heads must divide dim, got dim={dim} and heads={heads}")
         check_name(combine, ['add','multiply'], 'combine')
         check_name(modulate, ['all','positional'], 'modulate')
-        if encoding is None and (combine=='multiply' or modulate=='positional'): raise ValueError(f"combine='multiply' and modulate='positional' need an encoding, got encoding=None")
-        if isinstance(encoding, str): encoding = encodings[check_name(encoding, encodings, 'encoding')](ndim, dim)
+        if encoding in (None,'rotary') and (combine=='multiply' or modulate=='positional'): raise ValueError(f"combine='multiply' and modulate='positional' need an encoding with vectors, got encoding={encoding!r}")
+        if encoding=='rotary' and dim//heads%(2*ndim): raise ValueError(f"encoding='rotary' needs dim/heads to be a multiple of {2*ndim}, twice ndim; got dim={dim} and heads={heads}")
+        self.rotate = encoding=='rotary'
+        if self.rotate: encoding = None
+        if isinstance(encoding, str): encoding = encodings[check_name(encoding, [*encodings,'rotary'], 'encoding')](ndim, dim)
         if isinstance(span, str): span = dict(gaussian=GaussianSpan)[check_name(span, ['gaussian'], 'span')](ndim)
-        if isinstance(span, int) and span<0: raise ValueError(f"span must be at least 0 steps, got {span}")
+        if isinstance(span, int): span = (span,)*ndim
+        if isinstance(span, (tuple,list)) and (len(span)!=ndim or min(span)<0): raise ValueError(f"span must be at least 0 steps, a number or one for each of the {ndim} dimensions, got {span}")
         if isinstance(span, GaussianSpan) and (span.ndim!=ndim or len(span.log_sigma) not in (1,heads)): raise ValueError(f"the span must be of ndim={ndim} and of {heads} heads or 1, got {span}")
         self.heads,self.ndim,self.encoding,self.span,self.combine,self.modulate,self.causal = heads,ndim,encoding,span,combine,modulate,causal
         self.qkv,self.proj = nn.Linear(dim, 3*dim),nn.Linear(dim, dim)
-        self.u,self.v = (nn.Parameter(torch.empty(heads, dim//heads)) for _ in range(2))
+        self.u = nn.Parameter(torch.empty(heads, dim//heads))
+        self.v = nn.Parameter(torch.empty(heads, dim//heads)) if encoding is not None else None
         self.reset_parameters()
 
     def reset_parameters(self):
         "Weights and the biases u and v as Xavier and Glorot, other biases 0"
-        for o in (self.qkv.weight, self.proj.weight, self.u, self.v): nn.init.xavier_uniform_(o)
+        for o in (self.qkv.weight, self.proj.weight, self.u, self.v):
+            if o is not None: nn.init.xavier_uniform_(o)
         for o in (self.qkv.bias, self.proj.bias): nn.init.zeros_(o)
 
     def window(self, grid):
         "How many steps the window reaches in each dimension of `grid`"
-        if isinstance(self.span, int): return tuple([min(self.span, s-1) for s in grid])
-        return tuple(s-1 for s in grid) if self.span is None else self.span.window(grid)
+        if isinstance(self.span, GaussianSpan): return self.span.window(grid)
+        return tuple([s-1 if w is None else min(w, s-1) for w,s in zip(self.span or [None]*self.ndim, grid)])
 
     def forward(self, x):
         "`x` (B, *grid, dim) -> the same shape"
@@ -68,7 +74,9 @@ class PositionalSelfAttention(nn.Module):
         p = None if self.encoding is None else self.encoding(steps, grid).unflatten(-1, (self.heads,-1)).movedim(-2, 0)
         g = self.span(steps, grid) if isinstance(self.span, GaussianSpan) else None
         if g is not None and self.modulate=='positional': p,g = p*g[...,None],None
-        y = local_attention(q+bias(self.u), k, v, window, p, None if p is None else q+bias(self.v), g, self.combine, self.causal)
+        q_pos,q = None if p is None else q+bias(self.v),q+bias(self.u)
+        if self.rotate: q,k = rotary(q),rotary(k)
+        y = local_attention(q, k, v, window, p, q_pos, g, self.combine, self.causal)
         return self.proj(y.movedim(1, -2).flatten(-2))
 
     def share(self, grid):
@@ -76,4 +84,4 @@ class PositionalSelfAttention(nn.Module):
         parts = [((2*w+1)*s-w*(w+1))/s**2 for w,s in zip(self.window(grid), grid)]
         return prod(parts)
 
-    def extra_repr(self): return f'heads={self.heads}, ndim={self.ndim}, combine={self.combine!r}, modulate={self.modulate!r}, causal={self.causal}'
+    def extra_repr(self): return f'heads={self.heads}, ndim={self.ndim}, rotary={self.rotate}, combine={self.combine!r}, modulate={self.modulate!r}, causal={self.causal}'

@@ -1,4 +1,5 @@
 from .insert import *
+from .nonlinear import *
 from .positional import *
 from .projection import *
 from .xresnet import *

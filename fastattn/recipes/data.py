@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['datasets', 'DigitImage', 'digits_dls', 'fetch_data', 'mnist_dls', 'cifar10_dls', 'imagenette_dls', 'imagewoof_dls',
-           'check_images', 'folder_dls', 'get_dls']
+           'check_images', 'folder_dls', 'get_dls', 'TokenMatrices', 'get_tokens']
 
-# %% ../../nbs/recipes/00_data.ipynb #0becab36
+# %% ../../nbs/recipes/00_data.ipynb #605ba07b
 import numpy as np
 from functools import lru_cache
 from numbers import Integral
 from operator import attrgetter
 from PIL import Image
+from pydoc_data.topics import topics
 from fastai.vision.all import *
 from concurrent.futures import ThreadPoolExecutor
 from sklearn.datasets import load_digits
@@ -32,11 +33,18 @@ class DigitImage(Transform):
         if im.mode!='L': im = im.convert('L')
         return im if im.size==(self.size,self.size) else PILImageBW(im.resize((self.size,self.size), Image.Resampling.BILINEAR))
 
-# %% ../../nbs/recipes/00_data.ipynb #e075c634
-def _digit_dls(ims, valid, mean, std, size, bs, workers, path='.'):
-    block = DataBlock((TransformBlock(DigitImage(size), batch_tfms=IntToFloatTensor),CategoryBlock), get_y=attrgetter('label'), splitter=IndexSplitter(valid),
+# %% ../../nbs/recipes/00_data.ipynb #e413aea7
+def _digit_dls(ims, mean, std, size, bs, workers, path='.'):
+    block = DataBlock((TransformBlock(DigitImage(size), batch_tfms=IntToFloatTensor),CategoryBlock), get_y=attrgetter('label'), splitter=FuncSplitter(attrgetter('valid')),
         batch_tfms=Normalize.from_stats([mean], [std]))
     return block.dataloaders(ims, bs=bs, num_workers=workers, path=path)
+
+def _read_sklearn(size):
+    d,image = load_digits(),DigitImage(size)
+    ims = [image(o) for o in d.images]
+    _,valid = train_test_split(np.arange(len(ims)), test_size=397, stratify=d.target, random_state=0)
+    for im,y,v in zip(ims, d.target, np.isin(np.arange(len(ims)), valid)): im.label,im.valid = str(y),bool(v)
+    return ims
 
 def digits_dls(
     size:int, # Pixels per side
@@ -44,14 +52,11 @@ def digits_dls(
     workers:int # Processes that load data
 )->DataLoaders:
     "scikit-learn's digits, 1400 for training and 397 held out; one channel, normalised"
-    d,image = load_digits(),DigitImage(size)
-    ims = [image(o) for o in d.images]
-    for im,y in zip(ims, d.target): im.label = str(y)
-    train,valid = train_test_split(np.arange(len(ims)), test_size=397, stratify=d.target, random_state=0)
-    px = np.stack([ims[i] for i in train])/255
-    return _digit_dls(ims, valid, px.mean(), px.std(), size, bs, workers)
+    ims = _read_sklearn(size)
+    px = np.stack([o for o in ims if not o.valid])/255
+    return _digit_dls(ims, px.mean(), px.std(), size, bs, workers)
 
-# %% ../../nbs/recipes/00_data.ipynb #2b210fe6
+# %% ../../nbs/recipes/00_data.ipynb #01bb9648
 def fetch_data(
     url:str # One of fastai's `URLs`
 )->Path: # The folder with the data
@@ -87,7 +92,7 @@ def mnist_dls(
 )->DataLoaders:
     "MNIST: 60,000 handwritten digits for training and 10,000 held out, 28 px; one channel, normalised; held in memory"
     ims = _read_digits(path := fetch_data(URLs.MNIST), size)
-    return _digit_dls(ims, [i for i,o in enumerate(ims) if o.valid], 0.1307, 0.3081, size, bs, workers, path)
+    return _digit_dls(ims, 0.1307, 0.3081, size, bs, workers, path)
 
 def cifar10_dls(
     size:int, # Pixels per side
@@ -198,3 +203,55 @@ def get_dls(
     else: check_name(name, datasets, 'data set (a name, or the path to a folder of images)')
     if not len(dls.train): raise ValueError(f"bs must be at most the number of images for training, {len(dls.train_ds)}, got {bs}")
     return dls
+
+# %% ../../nbs/recipes/00_data.ipynb #bc95b206
+class TokenMatrices:
+    "Matrices of tokens, with or without classes, as a data set"
+    def __init__(self,
+        tokens:Tensor, # (N, rows, columns), whole numbers below `len(vocab)`
+        vocab, # What each token stands for
+        labels:Tensor=None, # (N,), the number of each matrix's class
+        classes=() # Names of the classes
+    ): self.tokens,self.vocab,self.labels,self.classes = tokens,list(vocab),labels,list(classes)
+    def __len__(self): return len(self.tokens)
+    def new_empty(self): return TokenMatrices(self.tokens[:0], self.vocab, None if self.labels is None else self.labels[:0], self.classes) # for `learn.export`
+    def __getitem__(self, i): return (self.tokens[i].long(),) if self.labels is None else (self.tokens[i].long(),self.labels[i])
+
+def _grey(ims, levels):
+    "Images as `levels` shades of grey"
+    px,classes = torch.from_numpy(np.stack(ims)),sorted({o.label for o in ims})
+    tokens,labels = (px*((levels-1)/255)).round().byte(),torch.tensor([classes.index(o.label) for o in ims])
+    valid = torch.tensor([o.valid for o in ims])
+    return [TokenMatrices(tokens[o], range(levels), labels[o], classes) for o in (~valid,valid)]
+
+def _characters(data, size):
+    "A text, cut into squares of characters, line by line: to train on from each `size` characters on, to validate on without overlap"
+    text = '\n'.join(topics.values()) if data=='text' else Path(data).read_text(encoding='utf-8')
+    vocab = sorted(set(text))
+    number = {o: i for i,o in enumerate(vocab)}
+    ids = torch.tensor([number[o] for o in text], dtype=torch.int32)
+    n,cut = size*size,len(ids)*9//10
+    if len(ids)-cut<n: raise ValueError(f"the text {data!r} is too short: its last tenth must fill one matrix of {size}x{size} characters, and it has {len(ids)} in all")
+    return [TokenMatrices(o.unfold(0, n, step).unflatten(1, (size,size)), vocab) for o,step in ((ids[:cut],size),(ids[cut:],n))]
+
+def _read_tokens(data, size, levels):
+    if data not in ('digits','mnist'): return _characters(data, size)
+    return _grey(_read_sklearn(size) if data=='digits' else _read_digits(fetch_data(URLs.MNIST), size), levels)
+
+_matrix_sizes = dict(digits=8, mnist=14, text=16)
+
+def get_tokens(
+    data='digits', # 'digits', 'mnist', 'text' (Python's own manual), or a text file (UTF-8)
+    size:int=None, # Rows and columns (default: digits 8, mnist 14, texts 16)
+    bs:int=64, # Batch size
+    levels:int=17 # Shades of grey, at least 2; a text has its own characters
+)->DataLoaders: # Of tokens (bs, size, size), and classes (bs,) where there are some
+    "`DataLoaders` of matrices of tokens; their data sets are `TokenMatrices`. A `ValueError` for an unknown name, and numbers that cannot be"
+    data = str(data)
+    if not Path(data).is_file(): check_name(data, _matrix_sizes, 'data set (a name, or a text file)')
+    size = ifnone(size, _matrix_sizes.get(data, 16))
+    for k,v,low in (('size',size,1), ('bs',bs,1), ('levels',levels,2)):
+        if not isinstance(v, Integral) or v<low: raise ValueError(f"{k} must be at least {low}, and a whole number, got {v!r}")
+    train,valid = _read_tokens(data, size, levels)
+    if len(train)<bs: raise ValueError(f"bs must be at most the number of matrices for training, {len(train)}, got {bs}")
+    return DataLoaders(TfmdDL(train, bs=bs, shuffle=True, drop_last=True, n_inp=1), TfmdDL(valid, bs=2*bs, n_inp=1), path='.')

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['recipes', 'opt_funcs', 'acts', 'pools', 'builders', 'scheds', 'build_xresnet', 'build_projection',
-           'build_dropconnect', 'build_positional', 'variants', 'variant_name', 'run_path', 'RunFile', 'build_learner',
-           'read_done', 'train_run', 'runs_table', 'read_runs', 'compare_table', 'plot_curves', 'train']
+           'build_dropconnect', 'build_positional', 'build_nonlinear', 'variants', 'variant_name', 'run_path',
+           'RunFile', 'build_learner', 'read_done', 'train_run', 'runs_table', 'read_runs', 'compare_table',
+           'plot_curves', 'train']
 
-# %% ../../nbs/recipes/01_train.ipynb #65e39e9f
+# %% ../../nbs/recipes/01_train.ipynb #ff64cd28
 import fastai,gc,hashlib,json,math,platform,sys,time,timm,torch
 from contextlib import suppress
 from datetime import datetime,timezone
@@ -29,9 +30,9 @@ from ..callback import Autocast,SpanPenalty
 from ..core import check_name,write_atomic
 from ..layers.position import GaussianSpan
 from ..layers.positional import PositionalSelfAttention
-from ..learner import dropconnect_learner,positional_learner,projection_learner,ssa_learner
+from ..learner import dropconnect_learner,nonlinear_learner,positional_learner,projection_learner,ssa_learner
 from ..models.xresnet import archs
-from .data import get_dls
+from .data import get_dls,get_tokens
 
 # %% ../../nbs/recipes/01_train.ipynb #11b3f6a5
 recipes = dict(
@@ -53,7 +54,7 @@ opt_funcs = dict(
 acts = {o.__name__: o for o in (nn.Mish, nn.ReLU, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU)}
 pools = {o.__name__: o for o in (AvgPool, MaxPool)}
 
-# %% ../../nbs/recipes/01_train.ipynb #2a832b3a
+# %% ../../nbs/recipes/01_train.ipynb #e941cef6
 def _ints(o): return [int(i) if i.lstrip('-').isdigit() else i for i in str(o).split(',')]
 
 def build_xresnet(dls, arch, attn, act, pool, stages='1', blocks='last', **kwargs):
@@ -78,17 +79,25 @@ def build_positional(dls, arch, ndim, dim, depth, heads, token, encoding, span, 
         dict(none=None, gaussian=GaussianSpan(ndim, sigma, threshold))[check_name(span, ['none','gaussian'], 'span')], combine, modulate, causal)
     return positional_learner(dls, ndim, dim=dim, depth=depth, token=token, attn=attn, cbs=[*cbs,SpanPenalty(penalty)] if penalty else cbs, **kwargs)
 
+def build_nonlinear(dls, arch, loss_func, dim, window_size, **kwargs):
+    "`nonlinear_learner` from the words of a command line"
+    w, = _ints(window_size)
+    if isinstance(w, str): w = dict(none=None, gaussian='gaussian')[check_name(w, ['none','gaussian'], 'window_size (or a number of cells)')]
+    return nonlinear_learner(dls, embed_size=dim, window_size=w, smooth=loss_func.eps, **kwargs)
+
 builders = {
     **{o: (build_xresnet, dict(attn=['none','ssa'], stages='1', blocks='last', act='Mish', pool='AvgPool'), {}) for o in archs},
     'projection': (build_projection, dict(size_projection=8, p=0.25), dict(opt='adam', lr=1e-2, smooth=0., sched='one_cycle')),
     'dropconnect': (build_dropconnect, dict(drop=['none','dropconnect'], p=0.5, inference='mean', hidden='800,800', act='ReLU'),
         dict(opt='sgd', lr=0.03, bs=128, wd=0., smooth=0.)),
     'positional': (build_positional, dict(ndim=2, dim=64, depth=6, heads=8, token='last', encoding='siren', span='gaussian', sigma=0.3, threshold=0.1, combine='add', modulate='all', causal=False, penalty=0.),
-        dict(opt='adam', lr=1e-3, smooth=0., sched='one_cycle'))}
+        dict(opt='adam', lr=1e-3, smooth=0., sched='one_cycle')),
+    'nonlinear': (build_nonlinear, dict(dim=128, depth=2, heads=4, window_size='3', iterations=2, global_every=0, p=0.1),
+        dict(opt='adam', lr=2e-3, smooth=0., sched='one_cycle', digits=dict(size=8, epochs=100), mnist=dict(size=14, epochs=5), text=dict(size=16, epochs=5)))}
 
 scheds = dict(flat_cos=Learner.fit_flat_cos, one_cycle=Learner.fit_one_cycle)
 
-# %% ../../nbs/recipes/01_train.ipynb #cccc0245
+# %% ../../nbs/recipes/01_train.ipynb #95bb87fa
 def _values(o): return list(o) if isinstance(o, (list,tuple)) else [o]
 def _as(default, o): return o if o is None else type(_values(default)[0])(o)
 
@@ -96,6 +105,7 @@ def _defaults(data, arch, opt=None):
     "All options of a run of `data` with `arch` and `opt`, with their defaults"
     recipe = recipes.get(str(data), recipes['imagenette'])
     _,options,own = builders[check_name(arch, builders, 'arch')]
+    own = {k: v for k,v in merge(own, own.get(str(data), own.get('text', {}))).items() if not isinstance(v, dict)} # some data sets have their own
     opt = opt or own.get('opt', 'ranger')
     return merge(dict(data=str(data), arch=arch), options, recipe, _common, own, dict(opt=opt), opt_funcs[check_name(opt, opt_funcs, 'optimiser')][1])
 
@@ -141,7 +151,7 @@ def run_path(
     "Where the file of a run stands"
     return Path(out)/f"{Path(config['data']).name}-{config['size']}-{config['epochs']}"/variant_name(config)/f'seed{seed}.json'
 
-# %% ../../nbs/recipes/01_train.ipynb #270e9854
+# %% ../../nbs/recipes/01_train.ipynb #3c37a10e
 def _reset_peak():
     if torch.cuda.is_available(): torch.cuda.reset_peak_memory_stats()
     elif sys.platform=='linux':
@@ -167,6 +177,7 @@ class RunFile(Callback):
     def before_epoch(self): self.epoch_start = time.time()
     def after_epoch(self):
         row = dict(zip(self.recorder.metric_names, self.recorder.log))
+        row['accuracy'] = row.pop(self.learn.metrics[0].name) # the first metric, whatever it counts
         for cb in self.learn.cbs: row.update(getattr(cb, 'epoch_row', dict)())
         row['time'] = round(time.time()-self.epoch_start, 2)
         self.record['epochs'].append(row)
@@ -175,7 +186,7 @@ class RunFile(Callback):
     def after_fit(self):
         if len(self.record['epochs'])==self.n_epoch: self.write(state='done', accuracy=self.record['epochs'][-1]['accuracy'])
 
-# %% ../../nbs/recipes/01_train.ipynb #a20aa61e
+# %% ../../nbs/recipes/01_train.ipynb #b3147e38
 def build_learner(
     config:dict, # One configuration, from `variants`
     seed:int=0,
@@ -184,10 +195,11 @@ def build_learner(
     "The `Learner` of `config`, with the random state as it is when training starts"
     c = dict(config)
     set_seed(seed, reproducible=True)
-    dls = get_dls(c['data'], size=c['size'], bs=c['bs'], workers=workers)
+    dls = get_tokens(c['data'], c['size'], c['bs']) if c['arch']=='nonlinear' else get_dls(c['data'], size=c['size'], bs=c['bs'], workers=workers)
     (builder,options,_),(opt,params) = builders[c['arch']],opt_funcs[c['opt']]
     cbs = [Autocast(c['precision'])] if c['precision']!='fp32' else []
     if c['channels_last']: cbs.append(ChannelsLast())
+    if c['mixup'] and c['arch']=='nonlinear': raise ValueError(f"mixup mixes images, and tokens cannot be mixed; got mixup={c['mixup']} for nonlinear")
     if c['mixup']: cbs.append(MixUp(c['mixup']))
     learn = builder(dls, c['arch'], **{k: c[k] for k in options if c[k] is not None}, opt_func=partial(opt, **{k: c[k] for k in params}),
         loss_func=LabelSmoothingCrossEntropy(eps=c['smooth']), wd=c['wd'], lr=c['lr'], cbs=cbs)
@@ -289,7 +301,7 @@ def plot_curves(
     fig.legend(loc='outside lower center')
     fig.savefig(path, dpi=100)
 
-# %% ../../nbs/recipes/01_train.ipynb #4c558793
+# %% ../../nbs/recipes/01_train.ipynb #e4107e54
 def _several(t): return Annotated[t, {'nargs':'+'}]
 
 def _check_numbers(configs):
@@ -322,8 +334,8 @@ def _lr_find(learn, path):
 
 @call_parse(pos=['data'])
 def train(
-    data:str='digits', # digits, mnist, cifar10, imagenette, imagewoof, or a folder of images
-    arch:_several(str)='xresnet18', # Any xresnet of fastai, projection, dropconnect, positional
+    data:str='digits', # digits, mnist, cifar10, imagenette, imagewoof, or a folder of images; for nonlinear digits, mnist, text, or a text file
+    arch:_several(str)='xresnet18', # Any xresnet of fastai, projection, dropconnect, positional, nonlinear
     attn:_several(str)=None, # none, ssa, ssa_sym, sa, or one of timm's, such as se, eca, cbam (default: none ssa)
     stages:_several(str)=None, # Stages that get attention, from 1; `1,2` is both (default: 1)
     blocks:_several(str)=None, # last, first, all, or indices such as 0,-1 (default: last)
@@ -331,13 +343,13 @@ def train(
     pool:_several(str)=None, # Pooling of the shortcuts: AvgPool, MaxPool (default: AvgPool)
     size_projection:_several(int)=None, # For projection: size of the square (default: 8)
     drop:_several(str)=None, # For dropconnect: none, dropout, dropconnect (default: none dropconnect)
-    p:_several(float)=None, # Probability of dropping (default: projection 0.25, dropconnect 0.5)
+    p:_several(float)=None, # Probability of dropping (default: projection 0.25, dropconnect 0.5, nonlinear 0.1)
     inference:_several(str)=None, # For dropconnect, after training: mean, gaussian (default: mean)
     hidden:_several(str)=None, # For dropconnect: units of the hidden layers (default: 800,800)
     ndim:_several(int)=None, # For positional: 2, or 1 to read images as sequences (default: 2)
-    dim:_several(int)=None, # For positional: channels (default: 64)
-    depth:_several(int)=None, # For positional: blocks (default: 6)
-    heads:_several(int)=None, # For positional: heads (default: 8)
+    dim:_several(int)=None, # For positional and nonlinear: channels (default: 64, 128)
+    depth:_several(int)=None, # For positional and nonlinear: blocks (default: 6, 2)
+    heads:_several(int)=None, # For positional and nonlinear: heads (default: 8, 4)
     token:_several(str)=None, # For positional: last, mean, max (default: last)
     encoding:_several(str)=None, # For positional: siren, sinusoid, none (default: siren)
     span:_several(str)=None, # For positional: gaussian, none (default: gaussian)
@@ -347,19 +359,22 @@ def train(
     modulate:_several(str)=None, # For positional: what the span acts on: all, positional (default: all)
     causal:bool=False, # For positional: see only what comes before
     penalty:_several(float)=None, # For positional: weight of the mean sigma in the loss (default: 0)
+    window_size:_several(str)=None, # For nonlinear: how many cells away a cell looks, none for all, gaussian for a learned window (default: 3)
+    iterations:_several(int)=None, # For nonlinear: how often the blocks are applied (default: 2)
+    global_every:_several(int)=None, # For nonlinear: every so many blocks one that looks at all cells (default: 0, none)
     size:_several(int)=None, # Pixels per side (default: the data set's)
     epochs:_several(int)=None, # Times through the training data (default: the data set's)
     bs:_several(int)=None, # Batch size (default: 64; dropconnect 128)
-    lr:_several(float)=None, # Learning rate (default: the data set's; projection 0.01, dropconnect 0.03, positional 0.001)
-    sched:_several(str)=None, # Schedule of the learning rate: flat_cos, one_cycle (default: flat_cos; projection and positional one_cycle)
+    lr:_several(float)=None, # Learning rate (default: the data set's; projection 0.01, dropconnect 0.03, positional 0.001, nonlinear 0.002)
+    sched:_several(str)=None, # Schedule of the learning rate: flat_cos, one_cycle (default: flat_cos; projection, positional and nonlinear one_cycle)
     wd:_several(float)=None, # Weight decay (default: 0.01; dropconnect 0)
-    opt:_several(str)=None, # Optimiser: ranger, adam, rmsprop, sgd (default: ranger; projection and positional adam, dropconnect sgd)
+    opt:_several(str)=None, # Optimiser: ranger, adam, rmsprop, sgd (default: ranger; projection, positional and nonlinear adam, dropconnect sgd)
     mom:_several(float)=None, # Its momentum
     sqr_mom:_several(float)=None, # Its momentum of squares
     eps:_several(float)=None, # Its epsilon
     beta:_several(float)=None, # Its softplus beta, for ranger
     mixup:_several(float)=None, # Strength of mixup (default: 0, none)
-    smooth:_several(float)=None, # Label smoothing (default: 0.1; projection, dropconnect and positional 0)
+    smooth:_several(float)=None, # Label smoothing (default: 0.1; all others 0)
     fp16:bool=False, # Mixed precision, float16: for GPUs (most CPUs only emulate it, very slowly)
     bf16:bool=False, # Mixed precision, bfloat16: for GPUs, and CPUs with AVX-512
     channels_last:bool=False, # Channels last in memory
@@ -375,7 +390,7 @@ def train(
         if fp16 and bf16: raise ValueError("fp16 and bf16 are both given; choose one")
         if runs<1: raise ValueError(f"runs must be at least 1, got {runs}")
         kw = dict(attn=attn, stages=stages, blocks=blocks, act=act, pool=pool, size_projection=size_projection, drop=drop, p=p, inference=inference, hidden=hidden,
-            ndim=ndim, dim=dim, depth=depth, heads=heads, token=token, encoding=encoding, span=span, sigma=sigma, threshold=threshold, combine=combine, modulate=modulate, causal=causal or None, penalty=penalty,
+            ndim=ndim, dim=dim, depth=depth, heads=heads, token=token, encoding=encoding, span=span, sigma=sigma, threshold=threshold, combine=combine, modulate=modulate, causal=causal or None, penalty=penalty, window_size=window_size, iterations=iterations, global_every=global_every,
             size=size, epochs=epochs, bs=bs, lr=lr, sched=sched, wd=wd, smooth=smooth, mom=mom, sqr_mom=sqr_mom,
             eps=eps, beta=beta, mixup=mixup, precision='fp16' if fp16 else 'bf16' if bf16 else None, channels_last=channels_last or None)
         configs = variants(data, arch, opt, **kw)
