@@ -305,6 +305,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                         'fastattn/models/nonlinear.py'),
                                            'fastattn.models.nonlinear.NonLinearTransformer.vocab_size': ( 'models/nonlinear.html#nonlineartransformer.vocab_size',
                                                                                                           'fastattn/models/nonlinear.py'),
+                                           'fastattn.models.nonlinear._as_trained': ( 'models/nonlinear.html#_as_trained',
+                                                                                      'fastattn/models/nonlinear.py'),
                                            'fastattn.models.nonlinear._draw': ( 'models/nonlinear.html#_draw',
                                                                                 'fastattn/models/nonlinear.py'),
                                            'fastattn.models.nonlinear._entropy': ( 'models/nonlinear.html#_entropy',

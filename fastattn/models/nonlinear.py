@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['NonLinearTransformer']
 
-# %% ../../nbs/models/04_nonlinear.ipynb #218267aa
+# %% ../../nbs/models/04_nonlinear.ipynb #228a4191
 import math,torch
-import torch.nn.functional as F
+from contextlib import contextmanager
 from fastcore.basics import patch
 from fastprogress.fastprogress import progress_bar
 from numbers import Integral
@@ -87,7 +87,7 @@ def _shape(o, n, what):
     if len(o)!=n or not all(isinstance(i, Integral) and i>0 for i in o): raise ValueError(f"{what} must be {n} whole numbers, at least 1 each, got {o}")
     return o
 
-# %% ../../nbs/models/04_nonlinear.ipynb #7d23f8ae
+# %% ../../nbs/models/04_nonlinear.ipynb #fa283c4c
 def _draw(logits, temperature, top_k, generator):
     "Tokens (*) from scores (*, V)"
     if temperature==0: return logits.argmax(-1)
@@ -98,7 +98,14 @@ def _entropy(logits):
     logp = logits.log_softmax(-1)
     return -(logp.exp()*logp).sum(-1)
 
-@torch.no_grad()
+@contextmanager
+def _as_trained(model):
+    "Without dropout and gradients, for a while"
+    training = model.training
+    try:
+        with torch.no_grad(): yield model.eval()
+    finally: model.train(training)
+
 def _write(model, prompt, steps, temperature, top_k, label, generator):
     tokens,todo = prompt.clamp(min=0),prompt<0
     frames,n = [prompt],todo.flatten(1).sum(1)
@@ -130,15 +137,12 @@ def generate(self:NonLinearTransformer,
     prompt = self.matrix_dim if prompt is None else prompt
     if not isinstance(prompt, torch.Tensor): prompt = torch.full(_shape(prompt, 3 if len(prompt)==3 else 2, 'prompt'), -1)
     if prompt.dim() not in (2,3) or not prompt.numel(): raise ValueError(f"prompt must be (rows, columns) or (batch, rows, columns), and not empty; got shape {tuple(prompt.shape)}")
-    training = self.training
-    try: res = _write(self.eval(), prompt.to(device).view(-1, *prompt.shape[-2:]), steps, temperature, top_k, label, generator)
-    finally: self.train(training)
+    with _as_trained(self): res = _write(self, prompt.to(device).view(-1, *prompt.shape[-2:]), steps, temperature, top_k, label, generator)
     res = [o.view(prompt.shape) for o in res]
     return res if frames else res[-1]
 
-# %% ../../nbs/models/04_nonlinear.ipynb #4535b571
+# %% ../../nbs/models/04_nonlinear.ipynb #43688bb1
 @patch
-@torch.no_grad()
 def classify(self:NonLinearTransformer,
     tokens, # (rows, columns) or (B, rows, columns), -1 in the cells that are not known
     rounds:int=8, # How many of the cells that are known are hidden from the model: 1/16, 3/16, ... of them
@@ -149,9 +153,11 @@ def classify(self:NonLinearTransformer,
     if self.label is None: raise ValueError("classify needs a model with classes, NonLinearTransformer(n_labels=...)")
     batch = tokens if tokens.dim()==3 else tokens[None]
     known,score = batch>=0,0
+    def logp(hidden, k):
+        "Of the hidden tokens, each"
+        return self(batch.clamp(min=0), hidden|~known, k).float().log_softmax(-1).gather(-1, batch.clamp(min=0)[...,None])[...,0]*hidden
     for i in range(rounds):
         hidden = known & (torch.rand(batch.shape, generator=generator)<(i+0.5)/rounds).to(batch.device)
-        logp = [self(batch.clamp(min=0), hidden|~known, k).float().log_softmax(-1).gather(-1, batch.clamp(min=0)[...,None])[...,0] for k in range(self.label.num_embeddings-1)]
-        logp = (torch.stack(logp, 1)*hidden[:,None]).flatten(2).sum(-1) # (B, n_labels)
-        score = score+logp*(known.flatten(1).sum(1)/hidden.flatten(1).sum(1).clamp(min=1)/rounds)[:,None]
+        with _as_trained(self): total = torch.stack([logp(hidden, k).flatten(1).sum(1) for k in range(self.label.num_embeddings-1)], 1) # (B, n_labels)
+        score = score+total*(known.flatten(1).sum(1)/hidden.flatten(1).sum(1).clamp(min=1)/rounds)[:,None]
     return score.log_softmax(-1).view(*tokens.shape[:-2], -1)
