@@ -71,7 +71,7 @@ def peak_rate(
     ts, = time_in_turns([lambda: a@a], device)
     return 2*n**3/median(ts)
 
-# %% ../nbs/03_bench.ipynb #520d5f0f
+# %% ../nbs/03_bench.ipynb #75aedf2e
 ssa_shapes = [(16,64,32), (16,256,32), (16,64,64), (16,256,16), (16,512,8), (16,512,4), (8,1024,8)] # batch, channels, pixels per side
 
 def _training_step(model, x):
@@ -83,14 +83,15 @@ def _training_step(model, x):
         x.grad = None
     return f
 
-def _beside(ours, theirs, x, device, rounds):
+def _beside(ours, theirs, x, device, rounds, memory=True):
     "What every row holds: time and memory of a forward and backward pass of `ours` and `theirs` on `x`"
     steps = [_training_step(o, x) for o in (ours,theirs)]
     t,t_theirs = time_in_turns(steps, device, rounds)
-    m,m_theirs = (peak_extra(o, device) for o in steps)
     ratios = sorted(o/p for o,p in zip(t_theirs, t))
-    return dict(ms=1e3*median(t), peer_ms=1e3*median(t_theirs), speedup=median(ratios), low=ratios[len(ratios)//4], high=ratios[-1-len(ratios)//4],
-        mb=m/2**20, peer_mb=m_theirs/2**20, memory=m/m_theirs)
+    row = dict(ms=1e3*median(t), peer_ms=1e3*median(t_theirs), speedup=median(ratios), low=ratios[len(ratios)//4], high=ratios[-1-len(ratios)//4])
+    if not memory: return dict(**row, mb=None, peer_mb=None, memory=None)
+    m,m_theirs = (peak_extra(o, device) for o in steps)
+    return dict(**row, mb=m/2**20, peer_mb=m_theirs/2**20, memory=m/m_theirs)
 
 def bench_ssa(
     device:str='cpu', # 'cpu' or 'cuda'
@@ -207,7 +208,7 @@ def bench_local(
         rows.append(dict(layer='local_attention', shape=f'{b}x8x{size}x{size}x8', window=f'{2*w+1}x{2*w+1}', **row, dense_ms=1e3*median(ts) if ts else None))
     return rows
 
-# %% ../nbs/03_bench.ipynb #572e3b13
+# %% ../nbs/03_bench.ipynb #fa1a2bce
 class _Local2D(nn.Module):
     "Cells look at their neighbours, as they are"
     def __init__(self, dim, window):
@@ -231,7 +232,7 @@ def bench_local2d(
     rows = []
     for size in (10,) if quick else (10,32,64):
         x = torch.randn(4, size, size, 128, device=device, requires_grad=True)
-        rows.append(dict(layer='Local2DAttention', shape=f'4x{size}x{size}x128', window='7x7', peer='formula' if Peer is _PlainLocal2D else 'package', **_beside(_Local2D(128, 3), Peer(128, 3), x, device, 5)))
+        rows.append(dict(layer='Local2DAttention', shape=f'4x{size}x{size}x128', window='7x7', peer='formula' if Peer is _PlainLocal2D else 'package', **_beside(_Local2D(128, 3), Peer(128, 3), x, device, 5, memory=size<64))) # the record of so many small tensors would need more memory than they
     return rows
 
 # %% ../nbs/03_bench.ipynb #d7ffc61e

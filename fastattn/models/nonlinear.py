@@ -87,7 +87,7 @@ def _shape(o, n, what):
     if len(o)!=n or not all(isinstance(i, Integral) and i>0 for i in o): raise ValueError(f"{what} must be {n} whole numbers, at least 1 each, got {o}")
     return o
 
-# %% ../../nbs/models/04_nonlinear.ipynb #fa283c4c
+# %% ../../nbs/models/04_nonlinear.ipynb #05a7ff73
 def _draw(logits, temperature, top_k, generator):
     "Tokens (*) from scores (*, V)"
     if temperature==0: return logits.argmax(-1)
@@ -109,7 +109,7 @@ def _as_trained(model):
 def _write(model, prompt, steps, temperature, top_k, label, generator):
     tokens,todo = prompt.clamp(min=0),prompt<0
     frames,n = [prompt],todo.flatten(1).sum(1)
-    for i in progress_bar(range(steps), leave=False) if steps>=50 else range(steps):
+    for i in progress_bar(range(steps), leave=False) if steps>=100 else range(steps):
         logits = model(tokens, todo, label).float()
         left = n*(steps-1-i)//steps
         chance = torch.rand(todo.shape, generator=generator, device=todo.device).clamp(1e-6, 1-1e-6).log().neg().log() if temperature else 0 # minus Gumbel noise, which fades
