@@ -18,6 +18,7 @@ version = cfg.version
 extensions = ['myst_nb']
 myst_enable_extensions = ['amsmath', 'dollarmath']
 nb_execution_mode = 'off'
+nb_render_markdown_format = 'myst'
 exclude_patterns = ['_*', '**/.*']
 suppress_warnings = ['myst.header']
 html_theme = 'furo'
