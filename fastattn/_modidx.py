@@ -311,8 +311,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                 'fastattn/models/nonlinear.py'),
                                            'fastattn.models.nonlinear._entropy': ( 'models/nonlinear.html#_entropy',
                                                                                    'fastattn/models/nonlinear.py'),
-                                           'fastattn.models.nonlinear._places': ( 'models/nonlinear.html#_places',
-                                                                                  'fastattn/models/nonlinear.py'),
                                            'fastattn.models.nonlinear._shape': ( 'models/nonlinear.html#_shape',
                                                                                  'fastattn/models/nonlinear.py'),
                                            'fastattn.models.nonlinear._write': ( 'models/nonlinear.html#_write',

@@ -33,10 +33,10 @@ def _n_out(dls):
     if not (c := get_c(dls)): raise ValueError("n_out cannot be told from the data: pass n_out, the number of outputs")
     return c
 
-def _learner_args(dls, metrics=None, cbs=None, **kwargs):
-    "What our learners hand to `Learner`, with what the data tells filled in"
+def _learner_args(dls, *own, metrics=None, cbs=None, **kwargs):
+    "What our learners hand to `Learner`, with what the data tells filled in; `own` are the callbacks that the model needs"
     loss = type(getattr(dls.train_ds, 'loss_func', None))
-    return dict(metrics=ifnone(metrics, _metrics.get(loss)), cbs=L(NoWeightDecay())+L(cbs), **kwargs)
+    return dict(metrics=ifnone(metrics, _metrics.get(loss)), cbs=L(NoWeightDecay(), *own)+L(cbs), **kwargs)
 
 def _learner_words(kwargs):
     "Take out of `kwargs` what is `Learner`'s"
@@ -120,7 +120,7 @@ def positional_learner(
     ours = _learner_words(kwargs)
     if len(shape := _x_shape(dls))<2: raise ValueError(f"positional attention takes (channels, *grid); an input here is of shape {shape}")
     model = PositionalTransformer(shape[0], n_out or _n_out(dls), ifnone(ndim, len(shape)-1), **kwargs)
-    return Learner(dls, model, **_learner_args(dls, **{**ours, 'cbs': L(SpanRecorder())+L(ours.get('cbs'))}))
+    return Learner(dls, model, **_learner_args(dls, SpanRecorder(), **ours))
 
 # %% ../nbs/02_learner.ipynb #fbd10a05
 def nonlinear_learner(
@@ -137,6 +137,5 @@ def nonlinear_learner(
     if vocab_size is None and not hasattr(dls.train_ds, 'vocab'): raise ValueError("vocab_size cannot be told from the data: pass vocab_size, the number of tokens")
     model = NonLinearTransformer(**{**dict(vocab_size=vocab_size or len(dls.train_ds.vocab), n_labels=ifnone(n_labels, len(getattr(dls.train_ds, 'classes', ()))), matrix_dim=shape, p=0.1), **kwargs})
     loss = CrossEntropyLossFlat(axis=-1, ignore_index=-100, label_smoothing=smooth)
-    ours = {**dict(loss_func=loss, metrics=masked_accuracy), **ours}
-    learned = any(isinstance(m, GaussianSpan) for m in model.modules())
-    return Learner(dls, model, **_learner_args(dls, **{**ours, 'cbs': L(MaskTokens(p_label))+L(SpanRecorder() if learned else None)+L(ours.get('cbs'))}))
+    cbs = [MaskTokens(p_label)]+[SpanRecorder()]*any(isinstance(m, GaussianSpan) for m in model.modules())
+    return Learner(dls, model, **_learner_args(dls, *cbs, **{**dict(loss_func=loss, metrics=masked_accuracy), **ours}))

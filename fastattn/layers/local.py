@@ -202,13 +202,14 @@ def _slab(q, k, v, p, q_pos, factor, bias, block, grid, multiply):
 def _dense(q, k, v, grid, lo, hi, p, q_pos, factor, multiply, causal):
     d,dev = len(grid),q.device
     keys,all_seen = (k.flatten(2, -2),v.flatten(2, -2)),not causal and all(h>=s-1 for s,h in zip(grid, hi))
-    if p is None and factor is None and all_seen: return F.scaled_dot_product_attention(q.flatten(2, -2), *keys, scale=1.).unflatten(2, grid)
+    plain = p is None and factor is None
+    if plain and all_seen: return F.scaled_dot_product_attention(q.flatten(2, -2), *keys, scale=1.).unflatten(2, grid)
     full = [range(1-s, s) for s in grid]
     seen = _earlier([o[0] for o in full], [o[-1] for o in full], dev) if causal else torch.ones([len(o) for o in full], dtype=torch.bool, device=dev)
     inside = tuple(slice(s-1+l, s+h) for s,l,h in zip(grid, lo, hi))
     near = torch.zeros_like(seen)
     near[inside] = True
-    bias = _bias(seen&near, q.dtype if p is None and factor is None else torch.promote_types(q.dtype, torch.float32))
+    bias = _bias(seen&near, q.dtype if plain else torch.promote_types(q.dtype, torch.float32))
     pads = [o for s,l,h in reversed(list(zip(grid, lo, hi))) for o in (s-1+l,s-1-h)]
     p,factor = None if p is None else F.pad(p, [0,0]+pads),None if factor is None else F.pad(factor, pads)
     rows = max(1, min(grid[0], 2**20//max(1, prod(q.shape[:2])*prod(grid[1:])*prod(grid)))) if dev.type=='cpu' else grid[0]
@@ -271,8 +272,8 @@ def local_attention(
     if torch.is_autocast_enabled(dev): q,k,v,q_pos,p = (None if o is None or o.dtype==torch.float64 else o.to(torch.get_autocast_dtype(dev)) for o in (q, k, v, q_pos, p))
     dtype = v.dtype
     q,q_pos = q*q.shape[-1]**-0.5,q_pos if combine=='multiply' else q_pos*q.shape[-1]**-0.5
-    wide,plain = (torch.float32 if dev=='cpu' and q.dtype.itemsize==2 else q.dtype),p is None and factor is None
-    if plain: q,k,v = (o.to(wide) for o in (q,k,v)) # in half precision PyTorch's attention is slow on a CPU
+    plain = p is None and factor is None
+    if plain and dev=='cpu' and dtype.itemsize==2: q,k,v = (o.float() for o in (q,k,v)) # in half precision PyTorch's attention is slow on a CPU
     if block is None: block = _cheapest(grid, [-s for s in steps], steps, q.shape[-1]+v.shape[-1], p is not None, plain) or 'dense'
     args = q,k,v,grid,[-s for s in steps],steps,p,q_pos,factor,combine=='multiply',causal
     with torch.autocast(dev, enabled=False):

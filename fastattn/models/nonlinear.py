@@ -13,7 +13,7 @@ from fastprogress.fastprogress import progress_bar
 from numbers import Integral
 from torch import nn
 from ..layers.local2d import Local2DAttention,NonLinearBlock
-from ..layers.position import SirenEncoding
+from ..layers.position import SirenEncoding,window_steps
 
 # %% ../../nbs/models/04_nonlinear.ipynb #d5c90f91
 class NonLinearTransformer(nn.Module):
@@ -57,7 +57,7 @@ class NonLinearTransformer(nn.Module):
         self._check(tokens, mask)
         x = self.embed(tokens if mask is None else tokens.masked_fill(mask, 0))
         if mask is not None: x = torch.where(mask[...,None], self.masked.to(x.dtype), x)
-        x = x+self.place(_places(tokens.shape[1:], tokens.device), tokens.shape[1:])
+        x = x+self.place(window_steps([s-1 for s in tokens.shape[1:]], tokens.device)[::2,::2], tokens.shape[1:]) # from -1 to 1
         if self.label is not None: x = x+self.label(self._labels(label, len(tokens), tokens.device))[:,None,None]
         elif label is not None: raise ValueError("a label needs a model with classes, NonLinearTransformer(n_labels=...)")
         x = self.drop(x)
@@ -77,10 +77,6 @@ class NonLinearTransformer(nn.Module):
         if label.shape not in ((),(n,)): raise ValueError(f"label must be one class, or one for each of {n} matrices, got shape {tuple(label.shape)}")
         if not torch.compiler.is_compiling() and label.numel() and not 0<=label.min()<=label.max()<=none: raise ValueError(f"label must be from 0 to {none-1} (or {none} for none), got {label.min().item()} to {label.max().item()}")
         return label.expand(n)
-
-def _places(grid, device):
-    "For each cell its offset from the centre, doubled: a relative coordinate from -1 to 1"
-    return torch.stack(torch.meshgrid(*(2*torch.arange(s, device=device, dtype=torch.float32)-(s-1) for s in grid), indexing='ij'), -1)
 
 def _shape(o, n, what):
     o = tuple(o)
@@ -152,10 +148,10 @@ def classify(self:NonLinearTransformer,
     Hide a part of what is known, ask under each class how probable it is, and weight it for the whole. A `ValueError` for a model without classes"""
     if self.label is None: raise ValueError("classify needs a model with classes, NonLinearTransformer(n_labels=...)")
     batch = tokens if tokens.dim()==3 else tokens[None]
-    known,score = batch>=0,0
+    known,given,score = batch>=0,batch.clamp(min=0),0
     def logp(hidden, k):
         "Of the hidden tokens, each"
-        return self(batch.clamp(min=0), hidden|~known, k).float().log_softmax(-1).gather(-1, batch.clamp(min=0)[...,None])[...,0]*hidden
+        return self(given, hidden|~known, k).float().log_softmax(-1).gather(-1, given[...,None])[...,0]*hidden
     for i in range(rounds):
         hidden = known & (torch.rand(batch.shape, generator=generator)<(i+0.5)/rounds).to(batch.device)
         with _as_trained(self): total = torch.stack([logp(hidden, k).flatten(1).sum(1) for k in range(self.label.num_embeddings-1)], 1) # (B, n_labels)
