@@ -9,4 +9,4 @@ def words(k): return cfg[k].split()
 
 setup(description=cfg['description'], keywords=words('keywords'), author=cfg['author'], author_email=cfg['author_email'],
     classifiers=cfg['classifiers'].strip().splitlines(), install_requires=words('requirements'),
-    extras_require={k: words(f'{k}_requirements') for k in ('dev','distrib')}, entry_points={k: words(k) for k in ('console_scripts','nbdev')})
+    extras_require={k: words(f'{k}_requirements') for k in ('dev','distrib','track')}, entry_points={k: words(k) for k in ('console_scripts','nbdev')})

@@ -2,10 +2,11 @@
 import json,os,subprocess,sys
 import pytest,torch
 from PIL import Image
-from fastai.basics import set_seed
+from fastai.basics import Callback,set_seed
 from fastai.callback.schedule import SchedLin
 from fastattn.callback import DropConnectSchedule
 from fastattn.recipes import train as mod
+from fastattn.recipes.options import *
 from fastattn.recipes.train import *
 
 def quick(tmp_path, **kwargs): return train('digits', **{**dict(size=8, epochs=1, out=str(tmp_path/'runs')), **kwargs})
@@ -50,9 +51,9 @@ def test_run_files(tmp_path):
         assert r['state']=='done' and len(r['epochs'])==1 and r['accuracy']==r['epochs'][-1]['accuracy']
         assert set(r['epochs'][0])=={'epoch','train_loss','valid_loss','accuracy','time'}
         assert {'fastattn','fastai','torch'}<=set(r['versions']) and r['params']>1e6 and r['time_s']>0 and r['device']
-    assert runs[1]['params']-runs[0]['params']==64*64+1
+    assert runs[1]['params']-runs[0]['params']==64*64+1 and runs[0]['processes']==1
     with Image.open(tmp_path/'runs'/'digits-8-1'/'curves.png') as im: assert im.size[0]>500
-    assert not list((tmp_path/'runs').rglob('.*'))
+    assert not [f for f in (tmp_path/'runs').rglob('*') if f.suffix not in ('.json','.png') and f.is_file()]
 
 def test_done_is_done(tmp_path, monkeypatch):
     a = quick(tmp_path, attn='none')
@@ -98,7 +99,7 @@ def test_nan(tmp_path, capsys):
 def test_interrupted(tmp_path, monkeypatch):
     "What is there when one presses Ctrl-C is not taken for done"
     def stop(self): raise KeyboardInterrupt
-    monkeypatch.setattr(RunFile, 'before_epoch', stop)
+    monkeypatch.setattr(RunFile, 'before_batch', stop, raising=False)
     with pytest.raises(KeyboardInterrupt): quick(tmp_path)
     f, = (tmp_path/'runs').rglob('*.json')
     assert json.loads(f.read_text())['state']=='running'
@@ -118,7 +119,8 @@ def test_lr_find(tmp_path, capsys):
     (dict(attn=['none','sas']), "Did you mean 'sa'"), (dict(stages='9'), 'from 1 to 4'), (dict(stages='x'), 'whole numbers'), (dict(blocks='5'), 'indices from -2 to 1'),
     (dict(blocks='lats'), "Did you mean 'last'"), (dict(opt='rangers'), "Did you mean 'ranger'"), (dict(opt='sgd', sqr_mom=0.9), 'unknown option for xresnet18 with sgd'),
     (dict(act='mish'), "Did you mean 'Mish'"), (dict(pool='Avg'), 'pooling'), (dict(epochs=0), 'epochs must be at least 1'), (dict(size=-1), 'size must be'), (dict(bs=1), 'bs must be'),
-    (dict(lr=0.), 'lr must be positive'), (dict(runs=0), 'runs must be'), (dict(fp16=True, bf16=True), 'choose one'), (dict(wd=-1.), 'wd must be'), (dict(mixup=-1.), 'mixup must be')])
+    (dict(lr=0.), 'lr must be positive'), (dict(preset='sdoria'), "Did you mean 'sdoria-"), (dict(board='128/6'), "unknown board"), (dict(board='128/5', size=64), 'a board sets size'), (dict(data='digits', board='128/5'), 'boards are for'),
+    (dict(board='128/5', preset='blurpool-5'), 'choose one'), (dict(track='mlflow'), 'unknown tracker'), (dict(presize=True), "unknown option for digits 'presize'"), (dict(progressive=0.), 'start is a share'), (dict(arch='nonlinear', progressive=0.5), 'unknown option for nonlinear'), (dict(runs=0), 'runs must be'), (dict(fp16=True, bf16=True), 'choose one'), (dict(wd=-1.), 'wd must be'), (dict(mixup=-1.), 'mixup must be')])
 def test_bad(tmp_path, kwargs, message):
     with pytest.raises(ValueError, match=message): train(**{**dict(out=str(tmp_path/'runs')), **kwargs})
     assert not list(tmp_path.rglob('*.json'))
@@ -131,6 +133,50 @@ def test_out_is_a_file(tmp_path):
 def test_out_is_read_only(tmp_path):
     (tmp_path/'r').mkdir(mode=0o500)
     with pytest.raises(ValueError, match='cannot be written'): quick(tmp_path, out=str(tmp_path/'r'))
+
+def test_progressive_and_pool(tmp_path):
+    seen = []
+    class See(Callback):
+        def before_batch(self):
+            if self.training: seen.append(self.xb[0].shape[-1])
+    learn = build_learner(variants(attn='none', progressive=0.5, pool='MaxBlurPool', size=16)[0])
+    learn.fit(2, cbs=See())
+    assert seen[0]==8 and seen[-1]==16 and sorted(seen)==seen
+    assert sum('BlurPool' in type(m).__name__ for m in learn.model.modules())==4 # the stem and three stages
+
+def test_compile(tmp_path):
+    run, = quick(tmp_path, attn='ssa', compile=True, bf16=True, channels_last=True)
+    assert run['state']=='done' and run['config']['compile']
+
+@pytest.mark.parametrize('track,pattern', [('csv','seed0.csv'), ('tensorboard','seed0.tb/events*')])
+def test_track(tmp_path, track, pattern):
+    if track!='csv': pytest.importorskip(track)
+    run, = quick(tmp_path, attn='none', epochs=2, track=track)
+    f, = (tmp_path/'runs').rglob('seed0.json')
+    files = list(f.parent.glob(pattern))
+    assert files and (track!='csv' or len(files[0].read_text().splitlines())==3)
+
+def test_preset(tmp_path, capsys):
+    train(preset='list')
+    assert 'sdoria-50-47' in capsys.readouterr().out
+    runs = train(preset='projection-4', epochs=1, data='digits', size=8, out=str(tmp_path/'runs'))
+    assert len(runs)==1 and runs[0]['config']['size_projection']==4 and runs[0]['config']['p']==0.75
+
+def test_boards():
+    runs = [dict(state='done', variant='v', seed=s, accuracy=0.87+s/1000, config=dict(size=128, epochs=5), commit='abc', versions=dict(fastattn='0'), archive='imagenette2-160') for s in range(5)]
+    row,below = board_row(runs).splitlines()
+    assert row=='|128|5|[fastattn v](link to your code)|87.20%|5, mean|' and 'abc' in below and 'imagenette2-160' in below
+
+def test_other_files(tmp_path):
+    "A broken file of a run is kept under another name, one of another run is refused"
+    a, = quick(tmp_path, attn='none')
+    f = run_path(tmp_path/'runs', a['config'], 0)
+    f.write_text('{"state": "do')
+    b, = quick(tmp_path, attn='none')
+    assert b['epochs'][0]['train_loss']==a['epochs'][0]['train_loss'] and f.with_name('seed0.json.unreadable').read_text()=='{"state": "do'
+    f.write_text(json.dumps({**a, 'seed': 3}))
+    with pytest.raises(ValueError, match='is not the file of'): quick(tmp_path, attn='none')
+    assert json.loads(f.read_text())['seed']==3
 
 def cli(*args, cwd): return subprocess.run([sys.executable, '-W', 'ignore', '-c', 'import sys; from fastattn.recipes.train import train; from fastcore.script import _run_cli; '
     "sys.argv[0]='fastattn-train'; _run_cli(train.__wrapped__, False, ['data'])", *args], cwd=cwd, capture_output=True, text=True)

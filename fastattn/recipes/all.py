@@ -1,2 +1,4 @@
 from .data import *
+from .options import *
+from .leaderboard import *
 from .train import *

@@ -1,0 +1,130 @@
+"Runs that are killed, interrupted, shared between processes, or trained by two: they end as if they had not been"
+import json,os,random,resource,signal,subprocess,sys,time
+from pathlib import Path
+import pytest,torch
+from fastai.basics import Callback
+from fastattn.callback import Checkpoint
+from fastattn.recipes.options import *
+from fastattn.recipes.train import *
+
+env = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONWARNINGS': 'ignore', 'PYTHONUNBUFFERED': '1'}
+runner = 'import sys, json; from fastattn.recipes.train import train; train(**json.loads(sys.argv[1]))'
+command = "import sys; from fastattn.recipes.train import train; from fastcore.script import _run_cli; sys.argv[0]='fastattn-train'; sys.exit(_run_cli(train.__wrapped__, False, ['data']))"
+def start(code=runner, *args, **kwargs):
+    return subprocess.Popen([sys.executable, '-c', code, *(args or [json.dumps(kwargs)])], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+def read(out): return {str(f.relative_to(out)): json.loads(f.read_text()) for f in Path(out).rglob('*.json')}
+def numbers(record): return [{k: v for k,v in e.items() if k!='time'} for e in record['epochs']]
+tiny = dict(data='digits', arch='dropconnect', drop='dropconnect', hidden='16,16', size=8, lr=0.1)
+
+class Stop(Callback):
+    "Raise as if Ctrl-C were pressed in a batch of training"
+    def __init__(self, epoch, batch): self.at = epoch,batch
+    def before_batch(self):
+        if self.training and (self.epoch,self.iter)==self.at: raise KeyboardInterrupt
+
+configs = dict(ssa=dict(arch='xresnet18', attn='ssa', size=16), bf16=dict(arch='xresnet18', attn='ssa_sym', precision='bf16', channels_last=True, size=8), mixup=dict(arch='xresnet18', attn='eca', mixup=0.4, progressive=0.5, size=8, opt='sgd'),
+    projection=dict(arch='projection', size=8), dropconnect=dict(arch='dropconnect', drop='dropconnect', hidden='20'), positional=dict(arch='positional', dim=8, depth=1, heads=2, size=6, penalty=1.),
+    nonlinear=dict(arch='nonlinear', dim=16, heads=2, size=8))
+
+@pytest.mark.parametrize('name', configs)
+def test_exact(tmp_path, name, monkeypatch):
+    "Stopped in the third epoch, and gone on with in another random state: the same rows, and the same weights"
+    config, = variants('digits', epochs=4, **configs[name])
+    whole = train_run(config, 1, tmp_path/'a'/'seed1.json')
+    stop = Stop(2, 3)
+    monkeypatch.setattr(RunFile, 'before_batch', lambda self: Stop.before_batch(stop) if stop.__dict__.update(learn=self.learn) is None else None, raising=False)
+    with pytest.raises(KeyboardInterrupt): train_run(config, 1, tmp_path/'b'/'seed1.json')
+    monkeypatch.undo()
+    half = json.loads((tmp_path/'b'/'seed1.json').read_text())
+    assert half['state']=='running' and numbers(half)==numbers(whole)[:2]
+    torch.manual_seed(random.randrange(1000))
+    parts = train_run(config, 1, tmp_path/'b'/'seed1.json')
+    assert parts['state']=='done' and numbers(parts)==numbers(whole) and parts['accuracy']==whole['accuracy']
+    assert sorted(f.name for f in (tmp_path/'b').iterdir())==['seed1.json']
+
+def test_checkpoint_of_another(tmp_path, monkeypatch):
+    config, = variants(**tiny, epochs=3)
+    f = tmp_path/'seed0.json'
+    def stop(self):
+        if self.epoch==1: raise KeyboardInterrupt
+    monkeypatch.setattr(RunFile, 'before_batch', stop, raising=False)
+    with pytest.raises(KeyboardInterrupt): train_run(config, 0, f)
+    monkeypatch.undo()
+    monkeypatch.setattr('fastattn.recipes.train.__version__', '9.9')
+    with pytest.raises(ValueError, match="written by another run.*9.9"): train_run(config, 0, f)
+    assert (tmp_path/'seed0.ckpt'/'state.pt').exists()
+    monkeypatch.undo()
+    (tmp_path/'seed0.ckpt'/'state.pt').write_bytes(b'half')
+    with pytest.raises(ValueError, match="not a checkpoint that can be read"): train_run(config, 0, f)
+    assert train_run(config, 0, f, resume=False)['state']=='done'
+
+def test_kills(tmp_path):
+    "kill -9 at random moments, again and again, until it is done"
+    kw = dict(tiny, epochs=30, runs=2)
+    whole = start(**kw, out=str(tmp_path/'a'))
+    took = time.time()
+    assert whole.wait()==0
+    took,rng,kills,n = time.time()-took,random.Random(0),0,0
+    while n<200:
+        n += 1
+        p = start(**kw, out=str(tmp_path/'b'))
+        try: p.wait(timeout=rng.uniform(0.4, 0.9)*took if kills<int(os.environ.get('FASTATTN_KILLS', 2)) else None)
+        except subprocess.TimeoutExpired:
+            p.send_signal(signal.SIGKILL)
+            kills += 1
+        if p.wait()==0: break
+        for o in read(tmp_path/'b').values(): assert o['state'] in ('running','done')
+    a,b = read(tmp_path/'a'),read(tmp_path/'b')
+    assert kills and a.keys()==b.keys() and all(numbers(a[k])==numbers(b[k]) for k in a), kills
+    assert not [f for f in (tmp_path/'b').rglob('*') if f.name.endswith(('.tmp','.ckpt'))]
+
+def test_shared_folder(tmp_path):
+    "Several processes, the same command: every run once, all valid"
+    n,k = (int(o) for o in os.environ.get('FASTATTN_SHARED', '3x6').split('x'))
+    kw = dict(tiny, epochs=1, runs=k, out=str(tmp_path))
+    ps = [start(**kw) for _ in range(n)]
+    outs = [p.communicate()[0] for p in ps]
+    assert all(p.returncode==0 for p in ps), outs
+    runs = read(tmp_path)
+    assert len(runs)==k and all(o['state']=='done' for o in runs.values())
+    trained = [l.split(', seed ')[1].split(':')[0] for o in outs for l in o.replace('\r', '\n').splitlines() if ', seed ' in l and '% in ' in l and 'epoch' not in l]
+    assert sorted(map(int, trained))==list(range(k)) # no run was trained twice
+
+def test_interrupt(tmp_path):
+    "Ctrl-C: a message, an exit code, and nothing lost"
+    args = 'digits --arch dropconnect --hidden 64 --drop none --size 8 --epochs 200 --out'.split()+[str(tmp_path)]
+    p = start(command, *args)
+    while not any(o['epochs'] for o in read(tmp_path).values()):
+        assert p.poll() is None, p.stdout.read()
+        time.sleep(0.1)
+    p.send_signal(signal.SIGINT)
+    out = p.communicate()[0]
+    assert p.returncode==130 and 'Interrupted' in out and 'Traceback' not in out
+    record, = read(tmp_path).values()
+    assert record['state']=='running' and record['epochs']
+
+def test_full_disk(tmp_path):
+    "A write that fails leaves what was there, and says so"
+    config, = variants(**tiny, epochs=3)
+    f = tmp_path/'seed0.json'
+    def small(): resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY)) # smaller than a checkpoint
+    args = 'digits --arch dropconnect --hidden 16,16 --drop dropconnect --size 8 --lr 0.1 --epochs 3 --out'.split()+[str(tmp_path)]
+    p = subprocess.run([sys.executable, '-c', command, *args], env=env, preexec_fn=small, capture_output=True, text=True)
+    assert p.returncode==1 and 'File too large' in p.stderr and 'Traceback' not in p.stderr
+    record, = read(tmp_path).values()
+    assert record['state']=='running' and len(record['epochs'])==1
+    assert subprocess.run([sys.executable, '-c', command, *args], env=env).returncode==0
+    assert [o['state'] for o in read(tmp_path).values()]==['done'] and not list(tmp_path.rglob('*.tmp'))
+
+def test_two_processes(tmp_path):
+    "accelerate launch with two processes on the CPU: one file, trained as well"
+    pytest.importorskip('accelerate')
+    script = tmp_path/'t.py'
+    script.write_text(command)
+    args = 'digits --attn ssa --size 16 --epochs 3 --out'.split()+[str(tmp_path/'runs')]
+    p = subprocess.run([sys.executable, '-m', 'accelerate.commands.launch', '--multi_gpu', '--num_processes', '2', '--num_machines', '1', '--mixed_precision', 'no', '--dynamo_backend', 'no', script, *args], env=env, capture_output=True, text=True)
+    assert p.returncode==0, p.stderr[-3000:]
+    record, = read(tmp_path/'runs').values()
+    assert record['state']=='done' and record['processes']==2 and record['accuracy']>0.9 and len(record['epochs'])==3
+    assert p.stdout.count('runs and curves')==1
