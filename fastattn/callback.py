@@ -144,7 +144,7 @@ class ProgressiveResize(Callback):
         def shrink(x): return F.interpolate(x, [max(1, round(n*share)) for n in x.shape[2:]], mode='bilinear', antialias=True)
         self.learn.xb = tuple(map(shrink, self.xb))
 
-# %% ../nbs/01_callback.ipynb #2281eeb4
+# %% ../nbs/01_callback.ipynb #5a8ec3b0
 def _plain(o):
     "`o` in containers and numbers that `torch.load` reads without trusting anybody"
     if isinstance(o, dict): return {k: _plain(v) for k,v in o.items()}
@@ -174,7 +174,7 @@ class Checkpoint(Callback):
     def __init__(self,
         path, # The file
         key:dict=None # What must be the same for a resume to be exact, such as options and versions; plain values
-    ): self.path,self.key = Path(path),key or {}
+    ): self.file,self.key = Path(path),key or {}
     def _state(self):
         rec,opt = self.recorder,self.opt.state_dict()
         res = dict(key=self.key, n_epoch=self.n_epoch, epoch=self.epoch, train_iter=self.train_iter, model=get_model(self.model).state_dict(), opt=opt,
@@ -183,15 +183,15 @@ class Checkpoint(Callback):
         if getattr(self.learn, 'scaler', None): res['scaler'] = self.learn.scaler.state_dict()
         return _plain(res)
     def _load(self):
-        try: state = torch.load(self.path, map_location='cpu', weights_only=True)
-        except Exception as e: raise ValueError(f"{self.path} is not a checkpoint that can be read ({type(e).__name__}: {e}); without it the run starts anew") from e
+        try: state = torch.load(self.file, map_location='cpu', weights_only=True)
+        except Exception as e: raise ValueError(f"{self.file} is not a checkpoint that can be read ({type(e).__name__}: {e}); without it the run starts anew") from e
         was,now = ({**o['key'], 'n_epoch': o['n_epoch']} for o in (state, dict(key=_plain(self.key), n_epoch=self.n_epoch)))
         if diff := [f'{k} {was.get(k)!r}, now {now.get(k)!r}' for k in {**was,**now} if was.get(k)!=now.get(k)]:
-            raise ValueError(f"{self.path} was written by another run, with {'; '.join(diff)}; without it the run starts anew")
+            raise ValueError(f"{self.file} was written by another run, with {'; '.join(diff)}; without it the run starts anew")
         return state
     def before_fit(self):
         self.start = 0
-        if not self.path.exists(): return
+        if not self.file.exists(): return
         self.state = self._load()
         self.start = self.state['epoch']+1
         self.logger_then,self.learn.logger = self.learn.logger,noop # no rows for what is skipped
@@ -216,6 +216,6 @@ class Checkpoint(Callback):
         state = self._state() # every process has its part in it
         if rank_distrib(): return
         torch.save(state, f := io.BytesIO())
-        write_atomic(self.path, f.getvalue())
+        write_atomic(self.file, f.getvalue())
     def after_fit(self):
-        if self.epoch+1==self.n_epoch and len(self.recorder.values)==self.n_epoch and not rank_distrib(): self.path.unlink(missing_ok=True)
+        if self.epoch+1==self.n_epoch and len(self.recorder.values)==self.n_epoch and not rank_distrib(): self.file.unlink(missing_ok=True)

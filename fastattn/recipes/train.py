@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RunFile', 'build_learner', 'read_run', 'train_run', 'SweepProgress', 'train']
 
-# %% ../../nbs/recipes/02_train.ipynb #76758ab6
+# %% ../../nbs/recipes/02_train.ipynb #13e5c3db
 import fastai,fastattn,gc,importlib,json,math,os,platform,shutil,subprocess,sys,time,timm,torch
 from contextlib import nullcontext,suppress
 from datetime import datetime,timezone
@@ -24,9 +24,9 @@ from ..callback import Autocast,Checkpoint,ProgressiveResize,everyones
 from ..core import check_name,write_atomic
 from .data import get_tokens
 from .leaderboard import board_rows,format_rows,group_runs,plot_curves
-from .options import _extras,board_options,board_row,builders,opt_funcs,presets,presets_table,run_path,scheds,variant_name,variants
+from .options import _extras,board_options,board_row,builder_of,opt_funcs,presets,presets_table,run_path,scheds,variant_name,variants
 
-# %% ../../nbs/recipes/02_train.ipynb #6efa6826
+# %% ../../nbs/recipes/02_train.ipynb #fc013f15
 def _reset_peak():
     if torch.cuda.is_available(): torch.cuda.reset_peak_memory_stats()
     elif sys.platform=='linux':
@@ -41,10 +41,10 @@ def _peak_mb():
 class RunFile(Callback):
     "Keep `record` in the JSON file `path`: state, and a row for each epoch. Of several processes the first one writes"
     order = 60 # after the Recorder
-    def __init__(self, path, record): self.path,self.record = Path(path),record
+    def __init__(self, path, record): self.file,self.record = Path(path),record
     def write(self, **kwargs):
         self.record.update(kwargs)
-        if not rank_distrib(): write_atomic(self.path, json.dumps(self.record, indent=1)+'\n')
+        if not rank_distrib(): write_atomic(self.file, json.dumps(self.record, indent=1)+'\n')
     def state_dict(self): return dict(epochs=json.dumps(self.record['epochs']), peak=self.record['peak_mem_mb']) # text keeps all digits
     def load_state_dict(self, state): self.record.update(epochs=json.loads(state['epochs']), peak_mem_mb=state['peak'])
     def before_fit(self):
@@ -65,7 +65,7 @@ class RunFile(Callback):
     def after_fit(self):
         if len(self.record['epochs'])==self.n_epoch: self.write(state='done', accuracy=self.record['epochs'][-1]['accuracy'])
 
-# %% ../../nbs/recipes/02_train.ipynb #74739075
+# %% ../../nbs/recipes/02_train.ipynb #9555ae26
 def build_learner(
     config:dict, # One configuration, from `variants`
     seed:int=0,
@@ -75,7 +75,7 @@ def build_learner(
     c,n = merge(_extras, config),max(1, num_distrib())
     if c['bs']%n: raise ValueError(f"bs is shared by the {n} processes, and must be a multiple of {n}; got {c['bs']}")
     set_seed(seed, reproducible=True)
-    (builder,options,_,source),(opt,params) = builders[c['arch']],opt_funcs[c['opt']]
+    (builder,options,_,source),(opt,params) = builder_of(c['arch']),opt_funcs[c['opt']]
     dls = source(c['data'], size=c['size'], bs=c['bs']//n, workers=workers, **({k: c[k] for k in ('presize','aug') if c[k]!=_extras[k]}))
     cbs = [Autocast(c['precision'])] if c['precision']!='fp32' else []
     if c['channels_last']: cbs.append(ChannelsLast())
@@ -88,7 +88,7 @@ def build_learner(
     set_seed(seed, reproducible=True)
     return learn
 
-# %% ../../nbs/recipes/02_train.ipynb #a683ff22
+# %% ../../nbs/recipes/02_train.ipynb #83d1cf80
 def _versions(): return dict(fastattn=__version__, fastai=fastai.__version__, torch=torch.__version__, timm=timm.__version__, python=platform.python_version())
 
 def _commit():
@@ -178,7 +178,7 @@ def _train(config, seed, path, workers, resume, track, mbar):
         params=sum(o.numel() for o in learn.model.parameters()), device=torch.cuda.get_device_name() if torch.cuda.is_available() else 'cpu',
         threads=torch.get_num_threads(), started=datetime.now(timezone.utc).isoformat(timespec='seconds'), commit=_commit(), **used)
     keep = RunFile(path, record)
-    cbs = [keep,Checkpoint(ckpt/'state.pt', dict(config=config, seed=seed, **used)),*_trackers(track, path, record)]
+    cbs = [keep,Checkpoint(ckpt/'state.pt', dict(config=config, seed=seed, **used)),*_trackers(track, learn, path, record)]
     learn.remove_cb(ProgressCallback)
     if mbar: cbs.append(SweepProgress(mbar, f"{record['variant']}, seed {seed}"))
     try:
@@ -205,7 +205,7 @@ class SweepProgress(ProgressCallback):
         self.pbar.update(0)
     def after_fit(self): pass
 
-# %% ../../nbs/recipes/02_train.ipynb #c0a8b6df
+# %% ../../nbs/recipes/02_train.ipynb #c2058bfe
 _trackers_of = dict(csv=None, tensorboard='fastai.callback.tensorboard', wandb='fastai.callback.wandb')
 
 def _tracking_module(track):
@@ -214,12 +214,13 @@ def _tracking_module(track):
     try: return importlib.import_module(name)
     except ImportError as e: raise ImportError(f"--track {track} needs the package {track}: pip install fastattn[track]") from e
 
-def _trackers(track, path, record):
+def _trackers(track, learn, path, record):
     module = _tracking_module(track)
     if track is None or rank_distrib(): return []
     if track=='csv': return [CSVLogger(path.absolute().with_suffix('.csv'), append=path.with_suffix('.ckpt').exists())]
     if track=='tensorboard': return [module.TensorBoardCallback(path.with_suffix('.tb'), trace_model=False, log_preds=False)]
     import wandb
+    learn.gather_args = dict # fastai's own fails on numbers under fastcore 2, and what it would log is in the configuration
     mode = os.environ.get('WANDB_MODE', 'online' if 'WANDB_API_KEY' in os.environ else 'offline')
     wandb.init(project='fastattn', name=f"{record['variant']}-seed{record['seed']}", config=merge(record['config'], dict(seed=record['seed'])), dir=path.parent, mode=mode, reinit='finish_previous')
     return [module.WandbCallback(log=None, log_preds=False, log_model=False)]
