@@ -5,16 +5,18 @@
 # %% auto #0
 __all__ = ['attention_map', 'show_attention', 'show_spans', 'show_encodings', 'show_grids']
 
-# %% ../nbs/04_interpret.ipynb #c1f5057b
+# %% ../nbs/04_interpret.ipynb #0288c332
+import copy
 import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
+from functools import partial
 from torch import nn
 from .layers.position import GaussianSpan,window_steps
 from .layers.positional import PositionalSelfAttention
 from .layers.simple import SimpleSelfAttention
 
-# %% ../nbs/04_interpret.ipynb #232c99b8
+# %% ../nbs/04_interpret.ipynb #6cba4f5e
 @torch.no_grad()
 def attention_map(
     layer, # A `SimpleSelfAttention`, or a `PositionalSelfAttention` of two dimensions
@@ -27,17 +29,17 @@ def attention_map(
         values = torch.eye(grid.numel(), device=x.device, dtype=x.dtype).view(1, 1, *grid, -1).expand(1, layer.heads, *grid, -1)
         return layer.attend(x, values)[0,:,at[0],at[1]].mean(0).view(grid)
     if not isinstance(layer, SimpleSelfAttention): raise ValueError(f"there are maps of SimpleSelfAttention and PositionalSelfAttention, got {type(layer).__name__}")
+    layer = copy.deepcopy(layer).eval() # in training, the norm of W takes a step whenever it is asked for
     w = layer.kernel()
     wx = F.conv1d(x.flatten(2), w/layer.sigma(w), padding=layer.ks//2).view(x.shape)[0,:,at[0],at[1]] # (C,)
     return torch.einsum('chw,c->hw', x[0], wx)*torch.where(layer.gamma<0, -1, 1)
 
-# %% ../nbs/04_interpret.ipynb #53592fa1
+# %% ../nbs/04_interpret.ipynb #f905c846
 def _inputs(model, x):
     "What each layer that has a map gets when `model` sees `x`: {name: (layer, input)}"
     seen = {}
     def see(name, layer, args): seen[name] = layer,args[0].detach()
-    layers = {k: m for k,m in model.named_modules() if isinstance(m, (SimpleSelfAttention,PositionalSelfAttention))}
-    hooks = [m.register_forward_pre_hook(lambda m,args,k=k: see(k, m, args)) for k,m in layers.items()]
+    hooks = [m.register_forward_pre_hook(partial(see, k)) for k,m in model.named_modules() if isinstance(m, (SimpleSelfAttention,PositionalSelfAttention))]
     training = [m for m in model.modules() if m.training]
     try:
         with torch.no_grad(): model.eval()(x)

@@ -14,7 +14,7 @@ from ..core import check_name
 from .local import local_attention
 from .position import GaussianSpan,SinusoidEncoding,SirenEncoding,rotary,window_steps
 
-# %% ../../nbs/layers/05_positional.ipynb #41db3a98
+# %% ../../nbs/layers/05_positional.ipynb #c16df564
 encodings = dict(siren=SirenEncoding, sinusoid=SinusoidEncoding)
 
 class PositionalSelfAttention(nn.Module):

@@ -165,18 +165,18 @@ class AttnSites(list):
         head,*rows = ['| '+' | '.join(r)+' |' for r in self._rows()]
         return '\n'.join([head, '|---'*5+'|', *rows])
 
-# %% ../../nbs/models/00_insert.ipynb #cc368da6
+# %% ../../nbs/models/00_insert.ipynb #5de14b2a
 def _width(m):
     "The channels that `m` puts out, as its last layer tells"
     if _in_line(m): m = [o for o in m if isinstance(o, ConvLayer)][-1]
-    told = [v for o in m.modules() for k in ('out_channels','num_features','out_features') if isinstance(v := getattr(o, k, None), int)]
+    told = [v for n,o in m.named_modules() if 'fastattn' not in n.split('.') for k in ('out_channels','num_features','num_channels','out_features') if isinstance(v := getattr(o, k, None), int)]
     return told[-1] if told else None
 
 def _site(stage, block, name, m, channels=None):
     "The site behind `m`; `channels` is for those that do not tell"
     end = next((v for k,v in _residual.items() if isinstance(m, k)), '')
     place = m.get_submodule(end)
-    if end or channels is None: channels = _width(place)
+    if end or channels is None: channels = _width(place) or channels
     return AttnSite(stage, block, _join(name, end), channels, [getattr(o, 'attn_name', type(o).__name__) for o in _there(place)])
 
 def _staged_sites(model): return [[_site(s, i, k, m, c) for i,(k,(m,c)) in enumerate(o.items())] for s,o in enumerate(_stages(model), 1)]
@@ -231,12 +231,12 @@ def _pick(model, stages, blocks):
     picked = [found[s-1][b] for s in (_pick_stages(found, numbers) if numbers or not stages else []) for b in _pick_blocks(s, len(found[s-1]), blocks)]
     return picked+[_named_site(model, o, len(found)) for o in stages if isinstance(o, str)]
 
-# %% ../../nbs/models/00_insert.ipynb #78af534a
+# %% ../../nbs/models/00_insert.ipynb #9a58e5f5
 def _make(attn, name, place, site, like):
     "The layer for `site`, where the parameters of `place` are"
     if isinstance(place, (nn.ModuleList,nn.ModuleDict)) or isinstance(place, nn.Sequential) and type(place).forward is not nn.Sequential.forward:
         raise ValueError(f"{site.module} is a {type(place).__name__}, which runs its children in a way of its own; name another module by stages='...'")
-    if site.channels is None: raise ValueError(f"{site.module} does not tell its number of channels; pass an attention that knows it, as in attn=lambda _: SimpleSelfAttention(64)")
+    if site.channels is None and name: raise ValueError(f"{site.module} does not tell its number of channels; pass an attention that knows it, as in attn=lambda _: SimpleSelfAttention(64)")
     layer,p = attn(site.channels),next(place.parameters(), like)
     if not isinstance(layer, nn.Module): raise TypeError(f"attn must build an nn.Module from a number of channels, got {type(layer).__name__}")
     if any(type(o) is type(layer) for o in _there(place)): raise ValueError(f"there is a {type(layer).__name__} behind {site.module} already")

@@ -16,7 +16,7 @@ from fastai.vision.models.xresnet import *
 from ..core import check_name
 from .insert import insert_attn
 
-# %% ../../nbs/models/01_xresnet.ipynb #fd846ed2
+# %% ../../nbs/models/01_xresnet.ipynb #27a0fcd3
 _broken = {'xsenet154'} # cannot be built in fastai 2.8: it hands the stages to the wrong parameter
 archs = {o: getattr(fastai_xresnet, o) for o in fastai_xresnet.__all__ if o.startswith('x') and o not in _broken}
 _options = set(inspect.signature(XResNet).parameters) - {'block','expansion','layers','sa','sym','kwargs'} | {'pretrained'}
