@@ -44,7 +44,7 @@ def test_identity_and_removal(arch):
     "At all stages: outputs and names as before; it does count; removal restores all"
     size = 224 if 'levit' in arch else 64
     m = make(arch, size)
-    x = torch.randn(1, 3, size, size)
+    x = torch.randn(2, 3, size, size)
     before,y,maps = state(m),m(x),m.forward_features(x)
     n = len(stages_of(m))
     insert_attn(m, 'ssa', stages=range(1, n+1))
@@ -247,6 +247,14 @@ def test_folder_of_timm(tmp_path):
     assert torch.equal(timm.create_model(f"local-dir:{tmp_path/'ours'}", pretrained=True).eval()(x), m(x))
     config = json.loads((tmp_path/'ours'/'config.json').read_text())
     assert config['architecture']=='test_resnet' and config['num_classes']==4 and config['pretrained_cfg']['input_size'] and config['fastattn']=={}
+
+def test_hub(tmp_path):
+    "torch.hub finds our models in the repository, and load_model"
+    repo = str(Path(__file__).parents[1])
+    m = torch.hub.load(repo, 'xresnet18_ssa', source='local', n_out=3, widen=0.25).eval()
+    save_model(m, tmp_path)
+    x = torch.randn(1, 3, 64, 64)
+    assert torch.equal(torch.hub.load(repo, 'load_model', str(tmp_path), source='local').eval()(x), m(x))
 
 def test_bad_folders(tmp_path):
     for m,message in ((insert_attn(make('resnet18'), partial(SimpleSelfAttention, scale=True)),'without a name'), (vision_model(),'tell how they were built'), (attn_xresnet('xresnet18', act_cls=lambda: nn.ReLU()),'no name')):

@@ -116,7 +116,7 @@ class AttnAfter(nn.Sequential):
         "The same shape, or tuple"
         if isinstance(x, (tuple,list)): return type(x)([self(x[0]),*x[1:]])
         last = x.shape[-1]==self.n_in and (self.channels_last or x.dim()==3 or x.shape[1]!=self.n_in)
-        return super().forward(x.movedim(-1, 1)).movedim(1, -1) if last else super().forward(x)
+        return super().forward(x.movedim(-1, 1)).movedim(1, -1).contiguous() if last else super().forward(x)
 
     def extra_repr(self): return f'n_in={self.n_in}'
 
