@@ -281,15 +281,15 @@ def test_export_and_onnx(attn, tmp_path):
     x = torch.randn(2, 3, 64, 64)
     graph = torch.export.export(m, (x,))
     torch.testing.assert_close(graph.module()(x), m(x), rtol=1e-3, atol=1e-4)
+    if attn!='ssa': return # one of both is enough for the slow part
     torch.onnx.export(graph, (), tmp_path/'m.onnx', dynamo=True, verbose=False)
     session = ort.InferenceSession(tmp_path/'m.onnx')
     y = session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]
     np.testing.assert_allclose(y, m(x).detach().numpy(), rtol=1e-3, atol=1e-4)
     assert np.abs(y-remove_attn(m)(x).detach().numpy()).max()>1e-3 # the attention is in the graph
 
-@pytest.mark.parametrize('arch', ['test_resnet','test_convnext'])
-def test_compile(arch):
-    m,x = wake(attn_timm(arch, stages=[1,2], num_classes=4)).eval(),torch.randn(2, 3, 64, 64)
+def test_compile():
+    m,x = wake(attn_timm('test_convnext', stages=[1,2], num_classes=4)).eval(),torch.randn(2, 3, 64, 64)
     compiled = copy.deepcopy(m)
     compiled.compile(fullgraph=True, backend='aot_eager')
     torch.testing.assert_close(compiled(x), m(x), rtol=1e-4, atol=1e-4)
