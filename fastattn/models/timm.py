@@ -49,7 +49,7 @@ def attn_timm(
     if ':' not in arch: _check_arch(arch)
     return insert_attn(_create(arch, pretrained, kwargs), attn, stages, blocks)
 
-# %% ../../nbs/models/05_timm.ipynb #6560f419
+# %% ../../nbs/models/05_timm.ipynb #85df2cba
 class AttnXResNet(nn.Sequential):
     "An xresnet with attention as timm wants it: `feature_info`, `forward_features`, `reset_classifier`. A `ValueError` as for `attn_xresnet`"
     def __init__(self,
@@ -102,7 +102,7 @@ def _register(name):
 for o in _names:
     if not timm.is_model(o): _register(o)
 
-# %% ../../nbs/models/05_timm.ipynb #b966db63
+# %% ../../nbs/models/05_timm.ipynb #38ac66b4
 _callables = ('act_cls','pool') # options of xresnets that are no numbers or words
 
 def _to_word(k, v):
