@@ -76,7 +76,7 @@ def show_attention(
         ax.set_title(name, fontsize=7)
     return fig
 
-# %% ../nbs/04_interpret.ipynb #dcd63cfe
+# %% ../nbs/04_interpret.ipynb #23a58647
 def show_spans(
     rows, # `learn.span_recorder.rows`, or the `epochs` of a run's file
     figsize=(8,2.8) # Size of the picture
@@ -96,7 +96,7 @@ def show_spans(
     right.legend(fontsize=7)
     return fig
 
-# %% ../nbs/04_interpret.ipynb #ce355ec2
+# %% ../nbs/04_interpret.ipynb #1d54aa18
 def _draw(ax, o, title, **kwargs):
     ax.imshow(o, aspect='auto' if min(o.shape)==1 else None, **kwargs)
     ax.set(xticks=[], yticks=[], title=title)
@@ -128,7 +128,7 @@ def show_encodings(
             else: _draw(ax, p[...,i].view(-1, p.shape[-2]), f'channel {i}', cmap='RdBu')
     return fig
 
-# %% ../nbs/04_interpret.ipynb #fa3898ae
+# %% ../nbs/04_interpret.ipynb #9be2bfd7
 def _draw_text(ax, m, vocab):
     ax.imshow(m<0, cmap='Greys', vmin=0, vmax=4)
     for (i,j),o in zip(((i,j) for i in range(m.shape[0]) for j in range(m.shape[1])), m.flatten().tolist()):
