@@ -62,8 +62,8 @@ class PositionalSelfAttention(nn.Module):
         if isinstance(self.span, GaussianSpan): return self.span.window(grid)
         return tuple([s-1 if w is None else min(w, s-1) for w,s in zip(self.span or [None]*self.ndim, grid)])
 
-    def forward(self, x):
-        "`x` (B, *grid, dim) -> the same shape"
+    def attend(self, x, values=None):
+        "What each position of `x` (B, *grid, dim) takes of its values, (B, heads, *grid, dim/heads), or of others that are given"
         if x.dim()!=self.ndim+2 or x.shape[-1]!=self.qkv.in_features:
             raise ValueError(f"PositionalSelfAttention takes (batch, {self.ndim} dimension{'s'*(self.ndim>1)} of the grid, {self.qkv.in_features}), got shape {tuple(x.shape)}")
         grid = tuple([index(o) for o in x.shape[1:-1]])
@@ -76,8 +76,11 @@ class PositionalSelfAttention(nn.Module):
         if g is not None and self.modulate=='positional': p,g = p*g[...,None],None
         q_pos,q = None if p is None else q+bias(self.v),q+bias(self.u)
         if self.rotate: q,k = rotary(q),rotary(k)
-        y = local_attention(q, k, v, window, p, q_pos, g, self.combine, self.causal)
-        return self.proj(y.movedim(1, -2).flatten(-2))
+        return local_attention(q, k, v if values is None else values, window, p, q_pos, g, self.combine, self.causal)
+
+    def forward(self, x):
+        "`x` (B, *grid, dim) -> the same shape"
+        return self.proj(self.attend(x).movedim(1, -2).flatten(-2))
 
     def share(self, grid):
         "How many of all pairs of positions of `grid` the window holds: the cost beside dense attention's"

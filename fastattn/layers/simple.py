@@ -50,7 +50,7 @@ class _ChannelOrder(torch.autograd.Function):
         h = x.to(dtype)
         s = _mean_bmm(h, h.mT, x.shape[-1])
         m = s@w.to(dtype)
-        return _add_bmm_(x.clone(), m, h),s,m
+        return _add_bmm_(torch.clone(x), m, h),s,m # the method is another in fastai's TensorImage
 
     @staticmethod
     def setup_context(ctx, inputs, outputs):
@@ -90,7 +90,9 @@ def simple_attention(
     dtype = torch.get_autocast_dtype(dev) if torch.is_autocast_enabled(dev) else weight.dtype
     w = gain.reshape(()) * (1 if scale else n) * weight.to(gain.dtype)
     order = cheapest_order(c, n, ks)
-    if order=='channel': return _ChannelOrder.apply(x, w[...,0], dtype)[0]
+    if order=='channel':
+        with torch._C.DisableTorchFunctionSubclass(): # fastai's TensorImage would make a view of the result, which nobody could change in place
+            return _ChannelOrder.apply(x, w[...,0], dtype)[0]
     h = x.to(dtype)
     wh = F.conv1d(h, w.to(dtype), padding=ks//2)
     if order=='conv': return _add_bmm_(x.clone(), _mean_bmm(h, h.mT, n), wh)

@@ -31,7 +31,9 @@ def attn_xresnet(
     "An xresnet with `attn` in it; its other weights are those that fastai would draw. A `ValueError` for unknown names, options, stages or blocks"
     if isinstance(arch, str): arch = archs[check_name(arch, archs, 'xresnet')]
     for o in kwargs: check_name(o, _options, 'xresnet option')
-    return insert_attn(arch(**kwargs), attn, stages, blocks)
+    model = arch(**kwargs)
+    model.built = dict(architecture=getattr(arch, '__name__', None), **kwargs) # for whoever saves it
+    return insert_attn(model, attn, stages, blocks)
 
 # %% ../../nbs/models/01_xresnet.ipynb #3c3a5540
 def xresnet18_ssa(pretrained=False, **kwargs): return attn_xresnet(xresnet18, 'ssa', pretrained=pretrained, **kwargs)
