@@ -23,14 +23,16 @@ exclude_patterns = ['_*', '**/.*']
 suppress_warnings = ['myst.header']
 html_theme = 'furo'
 html_static_path = ['static']
-html_css_files = ['math.css']
+html_css_files = ['site.css']
 html_math_renderer = 'mathml'
 html_show_copyright = html_show_sphinx = html_copy_source = False
 toctree = '```{toctree}\n:hidden:\n:glob:\n\n*\nlayers/*\nmodels/*\nrecipes/*\ntutorials/*\n```'
 bigdelimiters.update(big=1, Big=2, bigg=3, Bigg=4) # docutils knows \bigl, and not \big
 doc_link = re.compile(r'\(' + re.escape(cfg.doc_host + cfg.doc_baseurl.rstrip('/')) + r'/[^)\s]*\.html#([^)\s]+)\)')
 
-nested = re.compile(r'\[\[(`[^`]+`)\]\([^)]*\)\]\(') # a symbol linked inside the text of a link: the outer link holds
+symbol = r'\[(`[^`]+`)\]\([^)]*\)'
+nested = re.compile(rf'\[({symbol}(?:, {symbol})*)\]\(') # symbols linked inside the text of a link: the outer link holds
+def outer(m): return '['+re.sub(symbol, r'\1', m[1])+']('
 
 targets = {} # a function may differ from a class, such as dropconnect, by its capitals only: the first has the target
 
@@ -47,7 +49,7 @@ def to_myst(cell):
             cell.cell_type,cell.source = 'markdown',''.join(mds[0])
             for k in ('outputs','execution_count','has_sd'): cell.pop(k, None)
         else: cell.source = re.sub(r'^#\|.*\n?', '', cell.source, flags=re.M)
-    if cell.cell_type=='markdown': cell.source = nested.sub(r'[\1](', doc_link.sub(r'(#\1)', cell.source))
+    if cell.cell_type=='markdown': cell.source = nested.sub(outer, doc_link.sub(r'(#\1)', cell.source))
     cell.metadata.pop('execution', None)
 
 class Myst(FilterDefaults):

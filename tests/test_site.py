@@ -1,0 +1,155 @@
+"The docs site: what its pages point to is there, nothing comes from elsewhere, and it is legible on a phone and in the dark"
+import functools,json,re,shutil,subprocess,sys,threading
+import pytest
+from html import unescape
+from html.parser import HTMLParser
+from http.server import SimpleHTTPRequestHandler,ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote,urldefrag,urljoin,urlsplit
+from nbdev.config import get_config
+
+root = get_config(__file__).config_path
+browser = shutil.which('chromium') or shutil.which('google-chrome')
+in_browser = pytest.mark.skipif(not browser, reason='no chromium here')
+loads = {'img':'src', 'script':'src', 'iframe':'src', 'source':'src', 'video':'src', 'audio':'src', 'link':'href'}
+
+class Page(HTMLParser):
+    "`links`, `loaded` (what the page needs to be shown), `ids`, and the `text` outside of code"
+    def __init__(self, path):
+        super().__init__()
+        self.links,self.loaded,self.ids,self.text,self.code = [],[],set(),[],0
+        self.feed(path.read_text(encoding='utf-8'))
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        self.ids.update(attrs[o] for o in ('id','name') if attrs.get(o))
+        if tag in ('pre','code','script','style'): self.code += 1
+        if tag=='a' and 'href' in attrs: self.links.append(attrs['href'])
+        if loads.get(tag) in attrs: (self.links if attrs.get('rel') in ('index','search','next','prev') else self.loaded).append(attrs[loads[tag]])
+
+    def handle_endtag(self, tag):
+        if tag in ('pre','code','script','style'): self.code -= 1
+
+    def handle_data(self, data):
+        if not self.code: self.text.append(data)
+
+@pytest.fixture(scope='session')
+def site(tmp_path_factory):
+    "The folder of the site, built where it is not there"
+    if (html := root/'_docs/html').exists(): return html
+    html = tmp_path_factory.mktemp('docs')/'html'
+    subprocess.run([Path(sys.executable).with_name('sphinx-build'), '-q', '-c', 'docs', 'nbs', html], cwd=root, check=True)
+    return html
+
+@pytest.fixture(scope='session')
+def pages(site): return {p.relative_to(site).as_posix(): Page(p) for p in sorted(site.rglob('*.html'))}
+
+def broken(site, pages):
+    "How many links inside the site there are, and those (page, link) that lead nowhere"
+    n,bad = 0,[]
+    for name,page in pages.items():
+        for link in page.links+page.loaded:
+            if urlsplit(link).scheme or link.startswith('//'): continue
+            n += 1
+            to,anchor = urldefrag(urljoin(name, link))
+            to = unquote(urlsplit(to).path)
+            if not (site/to).is_file() or anchor and to in pages and unquote(anchor) not in pages[to].ids: bad.append((name,link))
+    return n,bad
+
+def test_links(site, pages):
+    n,bad = broken(site, pages)
+    print(f'{n} links on {len(pages)} pages')
+    assert not bad and n>1000 and {'index.html','search.html','layers/00_simple.html'}<=set(pages)
+
+def test_broken_links_are_seen(tmp_path):
+    (tmp_path/'a.html').write_text('<a href="#b">b</a><a href="#c">c</a><a href="a.html?x=1#b"></a><p id="b"><a href="d.html"></a><img src="e.png"><a href="https://x.org"></a>')
+    assert broken(tmp_path, {'a.html': Page(tmp_path/'a.html')})==(5, [('a.html','#c'),('a.html','d.html'),('a.html','e.png')])
+
+def test_nothing_from_elsewhere(site, pages):
+    "Nor from style sheets; and no Markdown is left as it was written"
+    assert not [(name,o) for name,page in pages.items() for o in page.loaded if urlsplit(o).scheme not in ('','data') or o.startswith('//')]
+    for p in site.rglob('*.css'): assert not re.search(r'(?:@import|url\()\s*["\']?(?:https?:)?//', p.read_text(encoding='utf-8')),p
+    assert not [(name,o) for name,page in pages.items() for o in page.text if '](' in o or '{ref}' in o]
+
+def test_search_index(site):
+    index = (site/'searchindex.js').read_text(encoding='utf-8')
+    index = json.loads(index[len('Search.setIndex('):index.rindex(')')])
+    found = [index[o].get('simpleselfattent', []) for o in ('terms','titleterms')] # as the stemmer has it
+    assert {'layers/00_simple','index'}<={index['docnames'][i] for o in found for i in ([o] if isinstance(o, int) else o)}
+
+# In Chromium: one page that holds every other in a frame as wide as a phone, first as it is, then dark
+
+measure = '''<body><pre id="measured"></pre><script>
+const names = %s, rgba = s => {const o = s.match(/[\\d.]+/g).map(Number); return o.length<4 ? [...o, 1] : o}
+const over = (c, bg) => c.slice(0, 3).map((o, i) => o*c[3]+bg[i]*(1-c[3]))
+const light = c => c.map(o => (o/=255)<=0.04045 ? o/12.92 : ((o+0.055)/1.055)**2.4).reduce((s, o, i) => s+o*[0.2126,0.7152,0.0722][i], 0)
+const behind = (e, w) => {const c = rgba(w.getComputedStyle(e).backgroundColor); return c[3]==1 || !e.parentElement ? c.slice(0, 3) : over(c, behind(e.parentElement, w))}
+function contrasts(w) { // of every element with text of its own: its contrast to what is behind it
+  return [...w.document.querySelectorAll('article *')].filter(e => e.getClientRects().length && [...e.childNodes].some(o => o.nodeType==3 && o.data.trim())).map(e => {
+    const bg = behind(e, w), [a,b] = [light(over(rgba(w.getComputedStyle(e).color), bg)), light(bg)]
+    return {text: e.tagName+' '+e.textContent.slice(0, 30), ratio: (Math.max(a, b)+0.05)/(Math.min(a, b)+0.05)} })
+}
+function least(w) { return contrasts(w).reduce((a, b) => a.ratio<b.ratio ? a : b, {text: '', ratio: 21}) }
+const inside = e => e.tagName!='ARTICLE' && (['auto','scroll'].includes(getComputedStyle(e).overflowX) || inside(e.parentElement)) // of what scrolls by itself
+const lost = d => [...d.querySelectorAll('article *')].filter(e => e.getBoundingClientRect().right>d.documentElement.clientWidth+1 && !inside(e.parentElement)).map(e => e.outerHTML.slice(0, 80))
+for (const n of names) { const f = document.createElement('iframe'); f.src = n; f.width = 360; f.height = 740; document.body.append(f) }
+window.onload = () => { const res = {}
+  document.querySelectorAll('iframe').forEach((f, i) => { const w = f.contentWindow, d = w.document
+    const seen = {width: w.innerWidth, has: d.documentElement.clientWidth, needs: d.documentElement.scrollWidth, lost: lost(d), light: least(w), images: [...d.images].filter(o => !o.naturalWidth).length}
+    d.body.dataset.theme = 'dark'
+    res[names[i]] = {...seen, dark: least(w), back: light(rgba(w.getComputedStyle(d.body).backgroundColor).slice(0, 3))} })
+  document.getElementById('measured').textContent = JSON.stringify(res) }
+</script>'''
+
+class Served(SimpleHTTPRequestHandler):
+    def do_GET(self):
+        if self.path!='/measure': return super().do_GET()
+        names = [p.relative_to(self.directory).as_posix() for p in sorted(Path(self.directory).rglob('*.html'))]
+        self.send_response(200)
+        self.send_header('Content-Type', 'text/html; charset=utf-8')
+        self.end_headers()
+        self.wfile.write((measure%json.dumps(names)).encode())
+    def log_message(self, *args): pass
+
+@pytest.fixture(scope='session')
+def shown(site, tmp_path_factory):
+    "Address -> its DOM and what the browser's console says; other hosts are not to be reached"
+    server = ThreadingHTTPServer(('127.0.0.1',0), functools.partial(Served, directory=str(site)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    flags = ['--headless','--no-sandbox','--disable-gpu','--disable-quic','--no-first-run','--disable-background-networking','--disable-component-update','--disable-sync',
+        '--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1','--enable-logging=stderr','--virtual-time-budget=20000','--dump-dom']
+    def show(address):
+        p = subprocess.run([browser, *flags, f"--user-data-dir={tmp_path_factory.mktemp('profile')}", f'http://127.0.0.1:{server.server_port}/{address}'],
+            capture_output=True, text=True, timeout=300, check=True)
+        return p.stdout,[o for o in p.stderr.splitlines() if 'CONSOLE' in o]
+    yield show
+    server.shutdown()
+
+@pytest.fixture(scope='session')
+def measured(shown):
+    dom,console = shown('measure')
+    return json.loads(unescape(re.search(r'<pre id="measured">(.*?)</pre>', dom, re.S)[1])),console
+
+@in_browser
+def test_search(shown):
+    dom,console = shown('search.html?q=SimpleSelfAttention')
+    found = re.search('<ul[^>]* class="search">(.*?)</ul>', dom, re.S)[1]
+    assert 'href="layers/00_simple.html"' in found and not console
+
+@in_browser
+def test_console(measured, pages):
+    "On no page does a script fail, or a picture"
+    by_page,console = measured
+    assert set(by_page)==set(pages) and not console and not any(o['images'] for o in by_page.values())
+
+@in_browser
+def test_phone(measured):
+    "At a width of 360 pixels no page scrolls sideways, and nothing lies beyond the edge where one cannot scroll to it"
+    assert {o['width'] for o in measured[0].values()}=={360}
+    assert not {k:(o['needs'],o['lost']) for k,o in measured[0].items() if o['needs']>o['has'] or o['lost']}
+
+@in_browser
+def test_legible(measured):
+    "Light and dark, all text stands out from what is behind it"
+    for theme in ('light','dark'): assert not {k:o[theme] for k,o in measured[0].items() if o[theme]['ratio']<3}
+    assert max(o['back'] for o in measured[0].values())<0.1 # dark it was
