@@ -22,13 +22,14 @@ from .layers.dropconnect import DropConnect,_check_p
 from .layers.position import GaussianSpan
 from .layers.positional import PositionalSelfAttention
 
-# %% ../nbs/01_callback.ipynb #f0176fb5
+# %% ../nbs/01_callback.ipynb #895c67f0
 class NoWeightDecay(Callback):
     "Exempt from weight decay what the modules of the model name in `no_weight_decay()`"
     def before_train(self): # not before_fit, which prediction calls too, without an optimiser
         for m in self.model.modules():
-            for name in getattr(m, 'no_weight_decay', tuple)():
-                if (p := m.get_parameter(name)).requires_grad: self.opt.state[p]['do_wd'] = False
+            params = dict(m.named_parameters())
+            for name in getattr(m, 'no_weight_decay', tuple)(): # timm's models also name what they may lack
+                if name in params and params[name].requires_grad: self.opt.state[params[name]]['do_wd'] = False
 
 # %% ../nbs/01_callback.ipynb #fb1fd6be
 class Autocast(MixedPrecision):

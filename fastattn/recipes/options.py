@@ -165,7 +165,7 @@ def run_path(
     "Where the file of a run stands"
     return Path(out)/f"{Path(config['data']).name}-{config['size']}-{config['epochs']}"/variant_name(config)/f'seed{seed}.json'
 
-# %% ../../nbs/recipes/01_options.ipynb #97249290
+# %% ../../nbs/recipes/01_options.ipynb #fa16dad8
 @dataclass
 class Preset:
     "A published setting"
@@ -200,7 +200,7 @@ def presets_table()->str:
     "A line for each preset: its name, data, published figure, source, and what differs here"
     def line(k, p):
         o = p.options[0]
-        return f"{k:15} {o['data']}, {o['size']} px, {'/'.join(str(v['epochs']) for v in p.options[:2 if k.count('-')>1 else 1])} epochs, {p.runs} runs: {p.published}\n{'':15} {p.source}; {p.differs}"
+        return f"{k:15} {o['data']}, {o['size']} px, {'/'.join(str(v['epochs']) for v in p.options[:2 if k.count('-')>1 else 1])} epochs, {p.runs} run{'s'*(p.runs>1)}: {p.published}\n{'':15} {p.source}; {p.differs}"
     return '\n'.join(line(k, p) for k,p in presets.items())
 
 # %% ../../nbs/recipes/01_options.ipynb #3e412485

@@ -225,7 +225,7 @@ def _trackers(track, learn, path, record):
     wandb.init(project='fastattn', name=f"{record['variant']}-seed{record['seed']}", config=merge(record['config'], dict(seed=record['seed'])), dir=path.parent, mode=mode, reinit='finish_previous')
     return [module.WandbCallback(log=None, log_preds=False, log_model=False)]
 
-# %% ../../nbs/recipes/02_train.ipynb #4d0ea091
+# %% ../../nbs/recipes/02_train.ipynb #62487c87
 def _several(t): return Annotated[t, {'nargs':'+'}]
 
 def _check_numbers(configs):
@@ -299,7 +299,7 @@ def _configs(data, arch, opt, preset, board, given):
 def train(
     data:str=None, # digits (the default), mnist, cifar10, imagenette, imagewoof, or a folder of images; for nonlinear digits, mnist, text, or a text file
     arch:_several(str)=None, # Any xresnet of fastai, any model of timm, projection, dropconnect, positional, nonlinear (default: xresnet18)
-    attn:_several(str)=None, # none, ssa, ssa_sym, sa, or one of timm's, such as se, eca, cbam (default: none ssa)
+    attn:_several(str)=None, # none, ssa, ssa_sym, sa, positional, local, or one of timm's, such as se, eca, cbam (default: none ssa)
     stages:_several(str)=None, # Stages that get attention, from 1; `1,2` is both (default: 1)
     blocks:_several(str)=None, # last, first, all, or indices such as 0,-1 (default: last)
     act:_several(str)=None, # Activation: Mish, ReLU, LeakyReLU, ELU, GELU, SiLU (default: Mish; dropconnect ReLU)
