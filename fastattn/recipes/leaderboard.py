@@ -17,7 +17,7 @@ from typing import Annotated
 from fastcore.script import CliError,call_parse,is_cli
 from ..core import check_name,write_atomic
 
-# %% ../../nbs/recipes/03_leaderboard.ipynb #e0a05066
+# %% ../../nbs/recipes/03_leaderboard.ipynb #4e045c6f
 def _check_run(o):
     "The record `o` of a run, or a `ValueError` that says what is wrong with it"
     types = dict(state=str, variant=str, config=dict, seed=int, epochs=list)
@@ -41,7 +41,7 @@ def read_runs(
         if first!=f: warnings.warn(f"skipped: {f} is a run of the same name as {first}")
     return sorted((o for _,o in found.values() if o['state'] in states), key=lambda o: (o['variant'],o['seed']))
 
-# %% ../../nbs/recipes/03_leaderboard.ipynb #8b84c948
+# %% ../../nbs/recipes/03_leaderboard.ipynb #a47e5a83
 def _group(o, equal_time):
     c = o['config']
     return '-'.join([Path(str(c['data'])).name,str(c['size'])]+([] if equal_time else [str(c['epochs'])]))
@@ -69,7 +69,7 @@ def group_runs(
         for o in os: res.setdefault(g, {}).setdefault(labels[o['variant'],o['config']['epochs']], []).append(o)
     return res
 
-# %% ../../nbs/recipes/03_leaderboard.ipynb #7a68d9dd
+# %% ../../nbs/recipes/03_leaderboard.ipynb #d7882999
 def t_power(
     effect:float, # Expected difference over the standard error that n runs give it
     df:float # Degrees of freedom
@@ -133,7 +133,7 @@ def compare(
             if sd>0: res.update(power=power(len(d)), needed=_runs_needed(power))
     return res
 
-# %% ../../nbs/recipes/03_leaderboard.ipynb #f7f67d79
+# %% ../../nbs/recipes/03_leaderboard.ipynb #99ceadbe
 def board_rows(
     variants:dict, # label -> records of its runs, as `group_runs` gives them for a group
     baseline:str=None # A label (default: the one that starts with none, else the first)
@@ -191,7 +191,7 @@ def format_rows(
     widths = [max(map(len, col)) for col in zip(*cells)]
     return '\n'.join('  '.join([o[0].ljust(widths[0])]+[c.rjust(w) for c,w in zip(o[1:], widths[1:])]).rstrip() for o in cells)
 
-# %% ../../nbs/recipes/03_leaderboard.ipynb #6b3c48f4
+# %% ../../nbs/recipes/03_leaderboard.ipynb #3dfd410e
 def compare_table(
     runs:list, # Records of runs
     by, # What to compare: record -> label
@@ -204,7 +204,7 @@ def compare_table(
     rows[1:] = sorted(rows[1:], key=lambda r: list(variants).index(r['variant']))
     return format_rows(rows, 'markdown', ['variant','runs','accuracy','sd','difference','95% of it','Welch p' if all(r.get('p_paired') is None for r in rows) else 'paired p'])
 
-# %% ../../nbs/recipes/03_leaderboard.ipynb #c0bbd3f1
+# %% ../../nbs/recipes/03_leaderboard.ipynb #a1b0a729
 def plot_boxes(
     variants:dict, # label -> records of its runs
     path=None, # The picture to write (PNG)
@@ -252,7 +252,7 @@ def plot_curves(
     fig.legend(loc='outside lower center', ncols=max(1, min(5, 100//max((len(v) for v in variants), default=1))))
     return _save(fig, path)
 
-# %% ../../nbs/recipes/03_leaderboard.ipynb #694f6a70
+# %% ../../nbs/recipes/03_leaderboard.ipynb #b1be4a4a
 def published(
     data=None, # Name of a data set, or None for all
     size=None, # Pixels per side, or None
@@ -269,7 +269,7 @@ def _published_rows(group):
     rows = published(data, int(size), *(int(o) for o in epochs))
     return [dict(variant=f"published: {r['variant']} ({r['source']})", runs=r['runs'] or '?', accuracy=r['accuracy'], sd=r['sd']) for r in rows]
 
-# %% ../../nbs/recipes/03_leaderboard.ipynb #100f3ee3
+# %% ../../nbs/recipes/03_leaderboard.ipynb #bd073de0
 @call_parse(pos=['out'])
 def leaderboard(
     out:str='runs', # Folder of runs
