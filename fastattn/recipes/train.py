@@ -168,6 +168,7 @@ def train_run(
     try: return _train(config, seed, path, workers, resume, track, mbar)
     finally:
         if lock: lock.release()
+        gc.collect() # a Learner and its callbacks know each other, and would keep their tensors for long
 
 def _train(config, seed, path, workers, resume, track, mbar):
     learn,ckpt = build_learner(config, seed, workers),path.with_suffix('.ckpt')
@@ -263,7 +264,6 @@ def _sweep(todo, out, workers, resume, track):
         s,c = todo[i]
         if mbar: mbar.update(sum(o is not None for o in res.values()))
         res[i] = train_run(c, s, run_path(out, c, s), workers, resume, track, mbar)
-        gc.collect() # a Learner and its callbacks know each other, and would keep their tensors for long
         return res[i]
     left = list(range(len(todo)))
     while left:
