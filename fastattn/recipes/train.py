@@ -120,10 +120,11 @@ def _claim(path, config, seed):
     "The record of a run if it is finished, and a lock that is held if it is to be trained; neither if another process trains it"
     if _finished(record := read_run(path, config, seed)): return record,None
     ckpt = path.with_suffix('.ckpt')
-    ckpt.mkdir(parents=True, exist_ok=True)
-    try: (lock := FileLock(ckpt/'lock')).acquire(timeout=0)
+    try:
+        ckpt.mkdir(parents=True, exist_ok=True)
+        (lock := FileLock(ckpt/'lock')).acquire(timeout=0)
     except Timeout: return None,None
-    except FileNotFoundError: return read_run(path, config, seed),None # whoever had it has just finished, and removed the folder
+    except (FileExistsError,FileNotFoundError): return read_run(path, config, seed),None # whoever had it has just finished, and removed the folder meanwhile
     if not _finished(record := read_run(path, config, seed)): return None,lock
     shutil.rmtree(ckpt, ignore_errors=True)
     lock.release()
