@@ -20,7 +20,7 @@ from fastcore.script import CliError,call_parse,is_cli
 from matplotlib import pyplot as plt
 from torch.profiler import ProfilerActivity,profile
 from torch.utils.flop_counter import FlopCounterMode
-from .core import check_name,write_atomic
+from .core import check_name,md_cells,write_atomic
 from .layers.dropconnect import DropConnect
 from .layers.local import local_attention
 from .layers.projection import SelfProjection
@@ -347,9 +347,7 @@ def md_table(
 )->str:
     "`rows` as a table in Markdown"
     ks = _columns(rows)
-    cells = [ks]+[['' if r.get(k) is None else format(r[k], _formats.get(k, '')) for k in ks] for r in rows]
-    lines = ['| '+' | '.join(o)+' |' for o in cells]
-    return '\n'.join([lines[0], '|'+'---|'*len(ks)]+lines[1:])
+    return md_cells([ks]+[['' if r.get(k) is None else format(r[k], _formats.get(k, '')) for k in ks] for r in rows])
 
 def _save(rows, path):
     text = io.StringIO()

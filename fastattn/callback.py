@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from fastai.callback.core import Callback,CancelEpochException
 from fastai.callback.fp16 import MixedPrecision
 from fastai.learner import get_model
-from fastai.torch_core import get_random_states,num_distrib,rank_distrib,set_random_states
+from fastai.torch_core import get_random_states,num_distrib,rank_distrib,set_random_states,to_device
 from fastcore.basics import noop
 from .core import write_atomic
 from .layers.dropconnect import DropConnect,_check_p
@@ -155,10 +155,6 @@ def _plain(o):
     if isinstance(o, str): return str(o) # torch's version is a class of its own
     return o if not hasattr(o, '__iter__') else [_plain(v) for v in o]
 
-def _to(o, device):
-    if isinstance(o, dict): return {k: _to(v, device) for k,v in o.items()}
-    return [_to(v, device) for v in o] if isinstance(o, list) else o.to(device) if isinstance(o, torch.Tensor) else o
-
 def _loaders(dls): return [getattr(o, 'dl', o) for o in dls] # those inside, where several processes share them
 
 def everyones(o): # For each process that trains, its `o`
@@ -202,9 +198,9 @@ class Checkpoint(Callback):
     def _restore(self, state):
         device = next(self.model.parameters()).device
         get_model(self.model).load_state_dict(state['model'])
-        self.opt.load_state_dict(_to(state['opt'], device))
+        self.opt.load_state_dict(to_device(state['opt'], device))
         for k in self._recorded: setattr(self.recorder, k, state['recorder'][k])
-        self.recorder.smooth_loss.count,self.recorder.smooth_loss.val = state['smooth']['count'],_to(state['smooth']['val'], device)
+        self.recorder.smooth_loss.count,self.recorder.smooth_loss.val = state['smooth']['count'],to_device(state['smooth']['val'], device)
         for cb in self.learn.cbs:
             if cb.name in state['cbs']: cb.load_state_dict(state['cbs'][cb.name])
         if 'scaler' in state: self.learn.scaler.load_state_dict(state['scaler'])

@@ -3,7 +3,8 @@ import csv,io,json,math,subprocess,sys,warnings
 import numpy as np,pytest
 from hypothesis import given,settings,strategies as st
 from PIL import Image
-from scipy import stats
+from scipy import integrate,stats
+from commands import command
 from fastattn.recipes import leaderboard as mod
 from fastattn.recipes.leaderboard import *
 
@@ -55,7 +56,11 @@ def test_power():
     a,b = rng.normal(1.2, 1, (4000,6)),rng.normal(0, 0.5, (4000,9))
     found = (stats.ttest_ind(a, b, axis=1, equal_var=False).pvalue<0.05).mean()
     assert abs(found-t_power(1.2/math.sqrt(1/6+0.25/9), mod._welch_df((1/6,6), (0.25/9,9))))<0.03
-    assert t_power(1e6, 3)==1 and abs(t_power(0, 10)-0.05)<1e-9
+    for effect,df in ((7.5, 1), (10, 1), (3, 4), (10, 4)): # where scipy gives up one tail; by the ratio of a normal to a chi
+        crit = stats.t.ppf(0.975, df)
+        def found(u): return sum(stats.norm.cdf(s*effect-crit*np.sqrt(stats.chi2.ppf(u, df)/df)) for s in (1,-1))
+        assert abs(t_power(effect, df)-integrate.quad(found, 0, 1, limit=200)[0])<1e-6
+    assert t_power(float('inf'), 3)==t_power(1e6, 3)==1 and abs(t_power(0, 10)-0.05)<1e-9
     assert mod._runs_needed(lambda n: 0.) is None
 
 @settings(deadline=None, max_examples=60)
@@ -127,8 +132,12 @@ def test_published():
     best, = [r for r in published('imagenette', 128, 5) if r['source']=='fastai/imagenette board']
     assert best['accuracy']==0.8743 and best['runs']==5
 
-def cli(*args): return subprocess.run([sys.executable, '-c', 'import sys; from fastattn.recipes.leaderboard import leaderboard; from fastcore.script import _run_cli; '
-    "sys.argv[0]='fastattn-leaderboard'; _run_cli(leaderboard.__wrapped__, False, ['out'])", *args], capture_output=True, text=True)
+def cli(*args): return subprocess.run([sys.executable, '-c', command('leaderboard', 'out'), *args], capture_output=True, text=True)
+
+def test_published_of_any_name(tmp_path, capsys):
+    "A folder of images may be called anything; nobody has published anything about it"
+    leaderboard(str(write(tmp_path, run(data='my-own-photos'))), published=True)
+    assert 'my-own-photos-8-2' in capsys.readouterr().out
 
 def test_command(tmp_path):
     out = str(write(tmp_path, *[run(v, s, 0.8+0.01*s, size=128, epochs=5, data='imagenette', attn=v) for v in ('none','ssa') for s in range(3)]))

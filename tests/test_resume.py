@@ -3,13 +3,13 @@ import json,os,random,resource,signal,subprocess,sys,time
 from pathlib import Path
 import pytest,torch
 from fastai.basics import Callback
-from fastattn.callback import Checkpoint
+from commands import command
 from fastattn.recipes.options import *
 from fastattn.recipes.train import *
 
 env = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONWARNINGS': 'ignore', 'PYTHONUNBUFFERED': '1'}
 runner = 'import sys, json; from fastattn.recipes.train import train; train(**json.loads(sys.argv[1]))'
-command = "import sys; from fastattn.recipes.train import train; from fastcore.script import _run_cli; sys.argv[0]='fastattn-train'; sys.exit(_run_cli(train.__wrapped__, False, ['data']))"
+train_command = command('train')
 def start(code=runner, *args, **kwargs):
     return subprocess.Popen([sys.executable, '-c', code, *(args or [json.dumps(kwargs)])], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
@@ -99,7 +99,7 @@ def test_shared_folder(tmp_path):
 def test_interrupt(tmp_path):
     "Ctrl-C: a message, an exit code, and nothing lost"
     args = 'digits --arch dropconnect --hidden 64 --drop none --size 8 --epochs 200 --out'.split()+[str(tmp_path)]
-    p = start(command, *args)
+    p = start(train_command, *args)
     while not any(o['epochs'] for o in read(tmp_path).values()):
         assert p.poll() is None, p.stdout.read()
         time.sleep(0.1)
@@ -115,18 +115,18 @@ def test_full_disk(tmp_path):
     f = tmp_path/'seed0.json'
     def small(): resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY)) # smaller than a checkpoint
     args = 'digits --arch dropconnect --hidden 16,16 --drop dropconnect --size 8 --lr 0.1 --epochs 3 --out'.split()+[str(tmp_path)]
-    p = subprocess.run([sys.executable, '-c', command, *args], env=env, preexec_fn=small, capture_output=True, text=True)
+    p = subprocess.run([sys.executable, '-c', train_command, *args], env=env, preexec_fn=small, capture_output=True, text=True)
     assert p.returncode==1 and 'File too large' in p.stderr and 'Traceback' not in p.stderr
     record, = read(tmp_path).values()
     assert record['state']=='running' and len(record['epochs'])==1
-    assert subprocess.run([sys.executable, '-c', command, *args], env=env).returncode==0
+    assert subprocess.run([sys.executable, '-c', train_command, *args], env=env).returncode==0
     assert [o['state'] for o in read(tmp_path).values()]==['done'] and not list(tmp_path.rglob('*.tmp'))
 
 def test_two_processes(tmp_path):
     "accelerate launch with two processes on the CPU: one file, trained as well"
     pytest.importorskip('accelerate')
     script = tmp_path/'t.py'
-    script.write_text(command)
+    script.write_text(train_command)
     args = 'digits --attn ssa --size 16 --epochs 3 --out'.split()+[str(tmp_path/'runs')]
     p = subprocess.run([sys.executable, '-m', 'accelerate.commands.launch', '--multi_gpu', '--num_processes', '2', '--num_machines', '1', '--mixed_precision', 'no', '--dynamo_backend', 'no', script, *args], env=env, capture_output=True, text=True)
     assert p.returncode==0, p.stderr[-3000:]

@@ -6,6 +6,7 @@ from fastai.basics import Callback,set_seed
 from fastai.callback.schedule import SchedLin
 from fastattn.callback import DropConnectSchedule
 from fastattn.recipes import train as mod
+from commands import command
 from fastattn.recipes.options import *
 from fastattn.recipes.train import *
 
@@ -178,8 +179,7 @@ def test_other_files(tmp_path):
     with pytest.raises(ValueError, match='is not the file of'): quick(tmp_path, attn='none')
     assert json.loads(f.read_text())['seed']==3
 
-def cli(*args, cwd): return subprocess.run([sys.executable, '-W', 'ignore', '-c', 'import sys; from fastattn.recipes.train import train; from fastcore.script import _run_cli; '
-    "sys.argv[0]='fastattn-train'; _run_cli(train.__wrapped__, False, ['data'])", *args], cwd=cwd, capture_output=True, text=True)
+def cli(*args, cwd): return subprocess.run([sys.executable, '-W', 'ignore', '-c', command('train'), *args], cwd=cwd, capture_output=True, text=True)
 
 def test_command_line(tmp_path):
     "As from a terminal: words after an option are several values; what is wrong is one line and an exit code"

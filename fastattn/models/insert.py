@@ -9,7 +9,6 @@ __all__ = ['attns', 'GainedBranch', 'stages_of', 'AttnAfter', 'AttnSite', 'AttnS
 # %% ../../nbs/models/00_insert.ipynb #06f56b20
 from collections.abc import Collection
 from dataclasses import dataclass
-from difflib import get_close_matches
 from functools import partial
 from itertools import groupby
 from math import gcd
@@ -18,7 +17,7 @@ from timm.layers import create_attn
 from timm.models import resnet as timm_resnet
 from torch import nn
 from torchvision.models import resnet as torchvision_resnet
-from ..core import check_name
+from ..core import check_name,did_you_mean,md_cells
 from ..layers.local2d import Local2DAttention
 from ..layers.positional import PositionalSelfAttention
 from ..layers.simple import SimpleSelfAttention
@@ -161,9 +160,7 @@ class AttnSites(list):
     def __repr__(self):
         widths = [max(map(len, c)) for c in zip(*self._rows())]
         return '\n'.join('  '.join(o.ljust(w) for o,w in zip(r, widths)).rstrip() for r in self._rows())
-    def _repr_markdown_(self):
-        head,*rows = ['| '+' | '.join(r)+' |' for r in self._rows()]
-        return '\n'.join([head, '|---'*5+'|', *rows])
+    def _repr_markdown_(self): return md_cells(self._rows())
 
 # %% ../../nbs/models/00_insert.ipynb #5de14b2a
 def _width(m):
@@ -205,8 +202,7 @@ def _named_site(model, name, n):
         if o.module==name: return o
     names = [k for k,_ in model.named_modules() if k]
     if name in names and not name.isdigit(): return _site(None, None, name, model.get_submodule(name))
-    near = get_close_matches(name, names, 1)
-    raise ValueError(f"stages must be whole numbers from 1 to {n} for this model, or names of its modules; got {name!r}."+(f" Did you mean {near[0]!r}?" if near else ''))
+    raise ValueError(f"stages must be whole numbers from 1 to {n} for this model, or names of its modules; got {name!r}."+did_you_mean(name, names))
 
 def _pick_stages(found, stages):
     if not found: raise ValueError("the model tells no stages: xresnets, torchvision's ResNets, bodies cut from them, and timm models with feature_info do. "

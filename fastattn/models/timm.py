@@ -7,7 +7,6 @@ __all__ = ['attn_timm', 'AttnXResNet', 'save_model', 'load_model']
 
 # %% ../../nbs/models/05_timm.ipynb #4efd1857
 import json,re,sys,tempfile,timm,torch
-from difflib import get_close_matches
 from pathlib import Path
 from safetensors.torch import load_file,save
 from torch import nn
@@ -15,7 +14,7 @@ from fastai import layers as fastai_layers
 from timm.models import build_model_with_cfg,generate_default_cfgs,register_model
 from timm.models._hub import save_config_for_hf
 from timm.models._registry import split_model_name_tag
-from ..core import write_atomic
+from ..core import did_you_mean,write_atomic
 from . import xresnet
 from .insert import attn_sites,attns,insert_attn,remove_attn
 from .xresnet import archs,attn_xresnet
@@ -24,8 +23,7 @@ from .xresnet import archs,attn_xresnet
 def _check_arch(arch):
     name,known = split_model_name_tag(arch)[0],[*timm.list_models(),*archs]
     if name in known: return
-    near = get_close_matches(name, known, 1)
-    raise ValueError(f"unknown architecture {arch!r}."+(f" Did you mean {near[0]!r}?" if near else '')+" timm.list_models('*resnet*') lists timm's; the others are fastai's xresnets")
+    raise ValueError(f"unknown architecture {arch!r}."+did_you_mean(name, known)+" timm.list_models('*resnet*') lists timm's; the others are fastai's xresnets")
 
 def _create(arch, pretrained, kwargs):
     try: return timm.create_model(arch, pretrained=pretrained, **kwargs)

@@ -15,7 +15,7 @@ from scipy import stats
 from statistics import mean,stdev
 from typing import Annotated
 from fastcore.script import CliError,call_parse,is_cli
-from ..core import check_name,write_atomic
+from ..core import check_name,md_cells,write_atomic
 
 # %% ../../nbs/recipes/03_leaderboard.ipynb #4e045c6f
 def _check_run(o):
@@ -35,7 +35,7 @@ def read_runs(
     for f in sorted(Path(out).rglob('seed*.json')):
         try: o = _check_run(json.loads(f.read_text(encoding='utf-8')))
         except (ValueError,OSError) as e:
-            warnings.warn(f"skipped: {f} {e if isinstance(e, ValueError) and 'is ' in str(e)[:3] else f'cannot be read ({e})'}")
+            warnings.warn(f"skipped: {f}: {e}")
             continue
         first,_ = found.setdefault((o['config']['data'], o['variant'], o['config']['size'], o['config']['epochs'], o['seed']), (f,o))
         if first!=f: warnings.warn(f"skipped: {f} is a run of the same name as {first}")
@@ -75,9 +75,9 @@ def t_power(
     df:float # Degrees of freedom
 )->float:
     "The probability that a two-sided t-test finds the effect at the 5% level"
-    crit = stats.t.ppf(0.975, df)
-    res = stats.nct.sf(crit, df, abs(effect))+stats.nct.cdf(-crit, df, abs(effect))
-    return float(res) if math.isfinite(res) else float(abs(effect)>crit) # scipy gives up where nothing is left to chance
+    crit,effect = stats.t.ppf(0.975, df),min(abs(effect), 1e8)
+    wrong = stats.nct.cdf(-crit, df, effect) # the other sign: scipy gives nan where it is next to nothing
+    return float(stats.nct.sf(crit, df, effect)+(0 if math.isnan(wrong) else wrong))
 
 def _runs_needed(power, most=10_000):
     "The least n of 2 or more for which `power(n)` is 80%; None if it takes more than `most`"
@@ -187,7 +187,7 @@ def format_rows(
         return f.getvalue().rstrip('\n')
     cols = list(columns or _columns)
     cells = [cols]+[[_columns[check_name(c, _columns, 'column')](r) for c in cols] for r in rows]
-    if style=='markdown': return '\n'.join('| '+' | '.join(o)+' |' for o in [cells[0],['---']*len(cols),*cells[1:]])
+    if style=='markdown': return md_cells(cells)
     widths = [max(map(len, col)) for col in zip(*cells)]
     return '\n'.join('  '.join([o[0].ljust(widths[0])]+[c.rjust(w) for c,w in zip(o[1:], widths[1:])]).rstrip() for o in cells)
 
@@ -264,10 +264,8 @@ def published(
     rows = [r | dict(size=int(r['size']), epochs=int(r['epochs']), runs=number(r['runs'], int), accuracy=float(r['accuracy']), sd=number(r['sd'], float)) for r in rows]
     return [r for r in rows if all(v is None or r[k]==v for k,v in (('data',data),('size',size),('epochs',epochs)))]
 
-def _published_rows(group):
-    data,size,*epochs = group.rsplit('-', group.count('-'))
-    rows = published(data, int(size), *(int(o) for o in epochs))
-    return [dict(variant=f"published: {r['variant']} ({r['source']})", runs=r['runs'] or '?', accuracy=r['accuracy'], sd=r['sd']) for r in rows]
+def _published_rows(data, size, epochs=None):
+    return [dict(variant=f"published: {r['variant']} ({r['source']})", runs=r['runs'] or '?', accuracy=r['accuracy'], sd=r['sd']) for r in published(data, size, epochs)]
 
 # %% ../../nbs/recipes/03_leaderboard.ipynb #bd073de0
 @call_parse(pos=['out'])
@@ -286,7 +284,10 @@ def leaderboard(
         if not groups: raise FileNotFoundError(f"no runs below {out}; fastattn-train makes some")
         if baseline: check_name(baseline, dict.fromkeys(v for g in groups.values() for v in g), 'baseline')
         res = {g: board_rows(vs, baseline if baseline in vs else None) for g,vs in groups.items()}
-        shown = {g: rows+(_published_rows(g) if published else []) for g,rows in res.items()}
+        def more(g):
+            c = next(iter(groups[g].values()))[0]['config']
+            return _published_rows(c['data'], c['size'], None if equal_time else c['epochs'])
+        shown = {g: rows+(more(g) if published else []) for g,rows in res.items()}
         if style=='csv': print(format_rows([dict(group=g)|r for g,rows in shown.items() for r in rows], style))
         else: print('\n\n'.join(f"{'### ' if style=='markdown' else ''}{g}\n\n{format_rows(rows, style)}" for g,rows in shown.items()))
         for g,vs in groups.items() if plots else ():

@@ -10,7 +10,7 @@ import fastai,fastattn,gc,importlib,json,math,os,platform,shutil,subprocess,sys,
 from contextlib import nullcontext,suppress
 from datetime import datetime,timezone
 from filelock import FileLock,Timeout
-from functools import partial
+from functools import lru_cache,partial
 from itertools import product
 from pathlib import Path
 from typing import Annotated
@@ -45,13 +45,14 @@ class RunFile(Callback):
     def write(self, **kwargs):
         self.record.update(kwargs)
         if not rank_distrib(): write_atomic(self.file, json.dumps(self.record, indent=1)+'\n')
-    def state_dict(self): return dict(epochs=json.dumps(self.record['epochs']), peak=self.record['peak_mem_mb']) # text keeps all digits
-    def load_state_dict(self, state): self.record.update(epochs=json.loads(state['epochs']), peak_mem_mb=state['peak'])
+    def state_dict(self): return {k: self.record[k] for k in ('epochs','peak_mem_mb')}
+    def load_state_dict(self, state): self.record.update(state)
     def before_fit(self):
         _reset_peak()
         self.record.update(state='running', epochs=[], peak_mem_mb=None)
     def before_epoch(self): self.epoch_start,self.cancelled = time.time(),False
-    def before_train(self): self.write() # after a checkpoint has brought back its rows
+    def before_train(self):
+        if not self.record['epochs']: self.write() # what a checkpoint brings back is in the file already
     def after_cancel_epoch(self): self.cancelled = True
     def after_epoch(self):
         if self.cancelled: return
@@ -91,6 +92,7 @@ def build_learner(
 # %% ../../nbs/recipes/02_train.ipynb #83d1cf80
 def _versions(): return dict(fastattn=__version__, fastai=fastai.__version__, torch=torch.__version__, timm=timm.__version__, python=platform.python_version())
 
+@lru_cache
 def _commit():
     "The commit of fastattn that runs here, if it runs from its repository, with a plus sign if files have changed since"
     where = Path(fastattn.__file__).parent
@@ -188,8 +190,9 @@ def _train(config, seed, path, workers, resume, track, mbar):
     except FloatingPointError as e: keep.write(state='failed', error=str(e))
     finally:
         if hasattr(learn, 'mixed_precision'): learn.mixed_precision.leave()
-    if not rank_distrib(): shutil.rmtree(ckpt, ignore_errors=True)
-    if not rank_distrib(): (mbar.write if mbar else print)(f"{record['variant']}, seed {seed}: "+(f"{record['accuracy']:.2%} in {record['time_s']:.0f} s" if record['state']=='done' else f"failed, {record['error']}"))
+    if rank_distrib(): return record
+    shutil.rmtree(ckpt, ignore_errors=True)
+    (mbar.write if mbar else print)(f"{record['variant']}, seed {seed}: "+(f"{record['accuracy']:.2%} in {record['time_s']:.0f} s" if record['state']=='done' else f"failed, {record['error']}"))
     return record
 
 # %% ../../nbs/recipes/02_train.ipynb #b47a8e37
