@@ -333,12 +333,12 @@ def bench_step(
     for (k,m),t in zip(models.items(), ts):
         shares = sorted(1-p/o for o,p in zip(t, ts[0]))
         least = 1e3*floor_time(madds+(k!='none')*layer, x.numel(), 160, _numel(m.parameters()), device)
-        rows.append(dict(layer=f'xresnet50 step, {k}', shape='16x3x128x128', ms=_ms(t), share=median(shares), **dict(zip(('low','high'), _quartiles(shares))), floor_ms=least, of_floor=least/_ms(t)))
+        rows.append(dict(layer=f'xresnet50 step, {k}', shape='16x3x128x128', ms=_ms(t), share=median(shares), **dict(zip(('share_low','share_high'), _quartiles(shares))), floor_ms=least, of_floor=least/_ms(t)))
     return rows
 
 # %% ../nbs/03_bench.ipynb #f1dc13d4
 benches = dict(ssa=partial(bench_layer, 'ssa'), step=bench_step, **{o: partial(bench_layer, o) for o in bench_cases if o!='ssa'})
-_formats = dict(ms='.1f', peer_ms='.1f', speedup='.2f', low='.2f', high='.2f', forward_ms='.1f', peer_forward_ms='.1f', floor_ms='.2f', of_floor='.2f', dense_ms='.1f', mb='.1f', peer_mb='.1f', memory='.2f', share='.1%')
+_formats = dict(ms='.1f', peer_ms='.1f', speedup='.2f', low='.2f', high='.2f', forward_ms='.1f', peer_forward_ms='.1f', floor_ms='.2f', of_floor='.2f', dense_ms='.1f', mb='.1f', peer_mb='.1f', memory='.2f', **dict.fromkeys(('share','share_low','share_high'), '.1%'))
 
 def _columns(rows): return list(dict.fromkeys(k for r in rows for k in r))
 

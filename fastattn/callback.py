@@ -36,6 +36,7 @@ class Autocast(MixedPrecision):
     "fastai's mixed precision, `amp_mode` 'fp16' or 'bf16', on whatever device the model is on"
     name = 'mixed_precision'
     def before_fit(self):
+        self.leave() # of a fit that was interrupted
         dev = next(self.model.parameters()).device.type
         if dev=='cuda': return super().before_fit()
         fp16 = self.amp_mode.value=='fp16'
@@ -71,7 +72,9 @@ class DropConnectSchedule(Callback):
 # %% ../nbs/01_callback.ipynb #6de72f0d
 class SpanRecorder(Callback):
     "Keep sigma, window and share of dense cost of every `PositionalSelfAttention`, per epoch, in `rows` and in the run's file. A `ValueError` for a model without"
+    hooks = ()
     def before_fit(self):
+        self.after_fit() # of a fit that was interrupted
         self.layers,self.rows = {n: m for n,m in self.model.named_modules() if isinstance(m, PositionalSelfAttention)},[]
         if not self.layers: raise ValueError("the model has no PositionalSelfAttention for SpanRecorder")
         self.grids = {}
@@ -86,7 +89,9 @@ class SpanRecorder(Callback):
     def after_epoch(self): self.rows.append(self.epoch_row())
     def after_fit(self):
         for h in self.hooks: h.remove()
-        self.hooks = []
+        self.hooks = ()
+    def state_dict(self): return dict(rows=self.rows)
+    def load_state_dict(self, state): self.rows = state['rows']
 
 class SpanPenalty(Callback):
     "Add `weight` times the mean sigma of the model's `GaussianSpan`s to the loss, so that they narrow unless width pays"
@@ -103,7 +108,7 @@ class SpanPenalty(Callback):
 
 # %% ../nbs/01_callback.ipynb #672c18c6
 class MaskTokens(Callback):
-    "Mask a part of each matrix of a batch (tokens, or tokens and classes), and let only what is masked count. Gives the model tokens, mask and, if there are any, classes"
+    "Mask a part of each matrix of a batch (tokens, or tokens and classes), and let only what is masked count. Gives the model tokens, mask and, if there are any and it takes them, classes"
     def __init__(self,
         p_label:float=0.1 # How often the class is kept from the model in training, so that it can also write without one
     ):
@@ -118,7 +123,8 @@ class MaskTokens(Callback):
         share = torch.cos(math.pi/2*((rand(1)+torch.arange(n)/n)%1))
         noise = rand(*tokens.shape).flatten(1)
         mask = (noise<=torch.maximum(share[:,None], noise.amin(1, keepdim=True))).view(tokens.shape).to(tokens.device) # one cell at the least
-        if label and self.training: label = [label[0].masked_fill((rand(n)<self.p_label).to(tokens.device), self.model.label.num_embeddings-1)]
+        if (known := get_model(self.model).label) is None: label = [] # the model takes no classes
+        elif label and self.training: label = [label[0].masked_fill((rand(n)<self.p_label).to(tokens.device), known.num_embeddings-1)]
         self.learn.xb,self.learn.yb = (tokens,mask,*label),(tokens.masked_fill(~mask, -100),)
 
 def masked_accuracy(
@@ -131,7 +137,7 @@ def masked_accuracy(
 
 # %% ../nbs/01_callback.ipynb #53fc0cbe
 class ProgressiveResize(Callback):
-    "Shrink training images to `start` of their size at first, growing in eighths to all of it at `until`. A `ValueError` for shares that are none"
+    "Shrink training images to `start` of their size at first, growing in eighths to all of it at `until`. A `ValueError` for shares outside (0, 1]"
     def __init__(self,
         start:float=0.5, # Share of each side at the start, above 0, up to 1
         until:float=0.75 # When images are whole, as a share of training: by default when a flat schedule begins to fall

@@ -15,12 +15,13 @@ from fastai.learner import Learner
 from fastai.losses import BCEWithLogitsLossFlat,CrossEntropyLossFlat
 from fastai.metrics import accuracy,accuracy_multi
 from fastai.data.transforms import Normalize,get_c
+from fastai.vision.core import imagenet_stats
 from fastai.vision.models.xresnet import xresnet18
 from fastcore.basics import ifnone,patch
 from fastcore.foundation import L
 from fastcore.meta import delegates
 from .callback import MaskTokens,NoWeightDecay,SpanRecorder,masked_accuracy
-from .core import check_name
+from .core import check_least,check_name
 from .layers.dropconnect import DropConnect,to_dropconnect
 from .layers.position import GaussianSpan
 from .layers.positional import PositionalSelfAttention
@@ -34,9 +35,11 @@ from .models.xresnet import archs,attn_xresnet
 # %% ../nbs/02_learner.ipynb #6a5a15a0
 _metrics = {CrossEntropyLossFlat: accuracy, BCEWithLogitsLossFlat: accuracy_multi}
 
-def _n_out(dls):
-    if not (c := get_c(dls)): raise ValueError("n_out cannot be told from the data: pass n_out, the number of outputs")
-    return c
+def _n_out(dls, n_out):
+    "`n_out`, or what the data tells"
+    if n_out is None and not (n_out := get_c(dls)): raise ValueError("n_out cannot be told from the data: pass n_out, the number of outputs")
+    check_least(1, n_out=n_out)
+    return n_out
 
 def _learner_args(dls, *own, metrics=None, cbs=None, **kwargs):
     "What our learners hand to `Learner`, with what the data tells filled in; `own` are the callbacks that the model needs"
@@ -69,6 +72,8 @@ def _normalize(dls, cfg, c_in):
     "The statistics that pretrained weights expect, unless the data has its own; as in `vision_learner`"
     if len(cfg['mean'])==c_in and not dls.after_batch.fs.argfirst(lambda o: isinstance(o, Normalize)): dls.add_tfms([Normalize.from_stats(cfg['mean'], cfg['std'])], 'after_batch')
 
+def _span_recorder(model): return [SpanRecorder]*any(isinstance(m, PositionalSelfAttention) for m in model.modules()) # it also lets windows follow their spans, in compiled models too
+
 def ssa_learner(
     dls, # `DataLoaders` of images, or of anything (channels, *grid)
     arch=xresnet18, # One of fastai's xresnets: its name, or the function; or the name of a timm model
@@ -82,13 +87,12 @@ def ssa_learner(
 )->Learner:
     "A Learner with an xresnet or a timm model with attention; gains do not decay. A `ValueError` for unknown names, options, stages or blocks, and for weights that cannot be loaded"
     ours = _learner_words(kwargs)
-    n_out,c_in = n_out or _n_out(dls),ifnone(c_in, dls.valid.do_item(0)[0].shape[0])
+    n_out,c_in = _n_out(dls, n_out),ifnone(c_in, dls.valid.do_item(0)[0].shape[0])
     timm = isinstance(arch, str) and arch not in archs
     if timm: model = attn_timm(arch, attn, stages, blocks, pretrained, num_classes=n_out, in_chans=c_in, **kwargs)
     else: model = attn_xresnet(arch, attn, stages, blocks, pretrained=pretrained, n_out=n_out, c_in=c_in, **kwargs)
-    if timm and pretrained: _normalize(dls, model.pretrained_cfg, c_in)
-    spans = [SpanRecorder()]*any(isinstance(m, PositionalSelfAttention) for m in model.modules())
-    learn = Learner(dls, model, **_learner_args(dls, *spans, **{'splitter': partial(attn_last, stem_body_head), **ours}))
+    if pretrained: _normalize(dls, getattr(model, 'pretrained_cfg', dict(zip(('mean','std'), imagenet_stats))), c_in)
+    learn = Learner(dls, model, **_learner_args(dls, *_span_recorder(model), **{'splitter': partial(attn_last, stem_body_head), **ours}))
     if pretrained: learn.freeze()
     return learn
 
@@ -101,7 +105,8 @@ def add_attn(self:Learner,
 )->Learner: # The same
     "Insert attention into the model as `fastattn.models.insert.insert_attn`, to be trained with the last parameter group"
     insert_attn(self.model, attn, stages, blocks)
-    if not self._grab_cbs(NoWeightDecay): self.add_cb(NoWeightDecay())
+    for cb in [NoWeightDecay]+_span_recorder(self.model):
+        if not self._grab_cbs(cb): self.add_cb(cb())
     if getattr(self.splitter, 'func', None) is not attn_last: self.splitter = partial(attn_last, self.splitter)
     if self.opt is None: return self
     frozen = self.opt.frozen_idx
@@ -122,7 +127,7 @@ def projection_learner(
 )->Learner:
     "A Learner with a `ProjectionClassifier`. A `ValueError` for inputs that are not matrices, and sizes that cannot be"
     if len(shape := _x_shape(dls))<2: raise ValueError(f"self-projection takes matrices (rows, columns), or channels of them; an input here is of shape {shape}")
-    model = ProjectionClassifier(shape[-2:], n_out or _n_out(dls), size_projection, p, c_in=prod(shape[:-2]))
+    model = ProjectionClassifier(shape[-2:], _n_out(dls, n_out), size_projection, p, c_in=prod(shape[:-2]))
     return Learner(dls, model, **_learner_args(dls, **kwargs))
 
 # %% ../nbs/02_learner.ipynb #7668d910
@@ -146,7 +151,7 @@ def dropconnect_learner(
     sizes = [prod(_x_shape(dls)),*hidden]
     if min(sizes)<1: raise ValueError(f"hidden must be numbers of units, at least 1 each; got {tuple(hidden)}")
     layers = sum((_hidden(ni, nf, drop, p, inference, act_cls) for ni,nf in zip(sizes, sizes[1:])), [])
-    model = nn.Sequential(nn.Flatten(), *layers, nn.Linear(sizes[-1], n_out or _n_out(dls)))
+    model = nn.Sequential(nn.Flatten(), *layers, nn.Linear(sizes[-1], _n_out(dls, n_out)))
     return Learner(dls, model, **_learner_args(dls, **kwargs))
 
 # %% ../nbs/02_learner.ipynb #a7b09465
@@ -170,7 +175,7 @@ def positional_learner(
     "A Learner with a `PositionalTransformer`. A `ValueError` for inputs without a grid, and options that cannot be"
     ours = _learner_words(kwargs)
     if len(shape := _x_shape(dls))<2: raise ValueError(f"positional attention takes (channels, *grid); an input here is of shape {shape}")
-    model = PositionalTransformer(shape[0], n_out or _n_out(dls), ifnone(ndim, len(shape)-1), **kwargs)
+    model = PositionalTransformer(shape[0], _n_out(dls, n_out), ifnone(ndim, len(shape)-1), **kwargs)
     return Learner(dls, model, **_learner_args(dls, SpanRecorder(), **ours))
 
 # %% ../nbs/02_learner.ipynb #4cd222e5
@@ -186,7 +191,7 @@ def nonlinear_learner(
     ours = _learner_words(kwargs)
     if len(shape := _x_shape(dls))!=2: raise ValueError(f"the non-linear transformer takes matrices of tokens (rows, columns); an input here is of shape {shape}")
     if vocab_size is None and not hasattr(dls.train_ds, 'vocab'): raise ValueError("vocab_size cannot be told from the data: pass vocab_size, the number of tokens")
-    model = NonLinearTransformer(**{**dict(vocab_size=vocab_size or len(dls.train_ds.vocab), n_labels=ifnone(n_labels, len(getattr(dls.train_ds, 'classes', ()))), matrix_dim=shape, p=0.1), **kwargs})
+    model = NonLinearTransformer(**{**dict(vocab_size=len(dls.train_ds.vocab) if vocab_size is None else vocab_size, n_labels=ifnone(n_labels, len(getattr(dls.train_ds, 'classes', ()))), matrix_dim=shape, p=0.1), **kwargs})
     loss = CrossEntropyLossFlat(axis=-1, ignore_index=-100, label_smoothing=smooth)
     cbs = [MaskTokens(p_label)]+[SpanRecorder()]*any(isinstance(m, GaussianSpan) for m in model.modules())
     return Learner(dls, model, **_learner_args(dls, *cbs, **{**dict(loss_func=loss, metrics=masked_accuracy), **ours}))

@@ -158,6 +158,10 @@ def test_bad_arguments():
         for shape in ((2,4), (), (3,1)):
             with pytest.raises(ValueError, match='in_features=3'): l.train(training)(torch.zeros(shape))
         with pytest.raises(TypeError, match='floating point'): l(torch.zeros(2, 3, dtype=torch.int))
+    hooked = nn.Sequential(nn.Linear(4, 4))
+    hooked[0].register_forward_hook(lambda m, x, y: 2*y)
+    with pytest.raises(ValueError, match="'0' has modules or hooks"): to_dropconnect(hooked)
+    assert type(hooked[0]) is nn.Linear
     with pytest.raises(ValueError, match='has no nn.Linear'): to_dropconnect(nn.ReLU())
     with pytest.raises(ValueError, match="unknown linear layer 'x'. Known: 0"): to_dropconnect(nn.Sequential(nn.Linear(2, 2)), layers='x')
     with pytest.raises(ValueError, match='layers is empty'): to_dropconnect(nn.Sequential(nn.Linear(2, 2)), layers=[])

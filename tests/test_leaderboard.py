@@ -37,6 +37,7 @@ def test_compare(xs, ys):
         assert np.allclose([res['low'],res['high']], [d.mean()-half,d.mean()+half])
         assert math.isclose(res['p_paired'], 2*stats.t.sf(abs(d.mean())/(d.std(ddof=1)/math.sqrt(n)), n-1), rel_tol=1e-6, abs_tol=1e-12)
         assert 0.0249<=res['power']<=1
+    else: assert res['p_paired'] is res['low'] is res['power'] is res['needed'] is None
     for k in ('p_welch','p_paired','power'): assert res[k] is None or 0<=res[k]<=1
 
 def test_unpaired():
@@ -49,6 +50,10 @@ def test_too_few():
     assert compare({0: 0.5}, {0: 0.4})['p_paired'] is None and math.isclose(compare({0: 0.5}, {0: 0.4})['diff'], 0.1)
     same = compare({0: 0.5, 1: 0.6}, {0: 0.5, 1: 0.6})
     assert same['diff']==0 and same['power'] is None and same['p_paired'] is None
+    one_image = compare({0: 379/397, 1: 383/397}, {0: 378/397, 1: 382/397}) # better by the same image each time: two pairs do not make that certain
+    assert math.isclose(one_image['diff'], 1/397) and one_image['p_paired'] is one_image['low'] is one_image['power'] is None
+    apart = compare({0: 0.9, 1: 0.9}, {5: 0.8, 6: 0.8})
+    assert apart['p_welch'] is apart['low'] is None and math.isclose(apart['diff'], 0.1)
 
 def test_power():
     "Against simulation, unpaired with unequal spread"
@@ -80,7 +85,8 @@ def test_holm(ps):
 def test_foreign_files(tmp_path):
     "Named and skipped, whatever they hold; never deleted"
     write(tmp_path, run(seed=1))
-    bad = {'a/seed0.json': '{"state": "do', 'b/seed2.json': '[]', 'c/seed3.json': '{}', 'd/seed4.json': json.dumps(run()|dict(accuracy=None)), 'e/seed5.json': b'\xff\xfe', 'f/seed6.json': json.dumps(run()|dict(config=3))}
+    bad = {'a/seed0.json': '{"state": "do', 'b/seed2.json': '[]', 'c/seed3.json': '{}', 'd/seed4.json': json.dumps(run()|dict(accuracy=None)), 'e/seed5.json': b'\xff\xfe', 'f/seed6.json': json.dumps(run()|dict(config=3)), 'g/seed7.json': json.dumps({k: v for k,v in run().items() if k!='time_s'}),
+        'h/seed8.json': json.dumps(run()|dict(config=dict(data=['digits'], size=8, epochs=2)))}
     for k,v in bad.items():
         (tmp_path/k).parent.mkdir()
         (tmp_path/k).write_bytes(v if isinstance(v, bytes) else v.encode())
@@ -115,8 +121,19 @@ def test_rows():
     assert float(back[1]['accuracy'])==rows[1]['accuracy'] and back[0]['diff']==''
     swapped = board_rows(group_runs(runs)['digits-8-2'], 'ssa')
     assert swapped[0]['variant']=='ssa' and math.isclose(swapped[1]['diff'], -rows[1]['diff'])
-    for f,m in ((lambda: board_rows(group_runs(runs)['digits-8-2'], 'ssaa'), "Did you mean 'ssa'"), (lambda: format_rows(rows, 'html'), 'style'), (lambda: format_rows(rows, columns=['mean']), 'column')):
+    for f,m in ((lambda: board_rows(group_runs(runs)['digits-8-2'], 'ssaa'), "Did you mean 'ssa'"), (lambda: format_rows(rows, 'html'), 'style'), (lambda: format_rows(rows, columns=['mean']), 'column'), (lambda: format_rows(rows, 'csv', columns=['sd']), 'columns are chosen')):
         with pytest.raises(ValueError, match=m): f()
+
+def test_baseline(tmp_path, capsys):
+    "None of several models; what lacks the one asked for says so; and several runs of a seed are no variant"
+    runs = [run(f'{n}-{a}', s, 0.8+0.01*s+0.02*(a=='eca'), attn=a)|dict(config=dict(data='digits', arch=n, size=8, epochs=2, attn=a)) for n in ('xresnet18','xresnet50') for a in ('eca','none') for s in range(2)]
+    assert board_rows(group_runs(runs)['digits-8-2'])[0]['variant']=='xresnet18, none'
+    with pytest.raises(ValueError, match="'eca' has several runs of one seed"): compare_table(runs, lambda o: o['config']['attn'], 'none')
+    write(tmp_path, *[run(a, s, 0.9+0.01*s, size=n, attn=a) for n,names in ((8,('none','ssa')), (16,('none','eca'))) for a in names for s in range(2)])
+    res = leaderboard(str(tmp_path), baseline='ssa')
+    assert {k: v[0]['variant'] for k,v in res.items()}=={'digits-8-2':'ssa', 'digits-16-2':'none'}
+    out = capsys.readouterr().out
+    assert 'digits-16-2 (without ssa; compared with none)\n' in out and 'digits-8-2\n' in out
 
 def test_pictures(tmp_path):
     write(tmp_path/'runs', *[run(v, s, 0.9+0.01*s, attn=v) for v in ('none','ssa') for s in range(3)])

@@ -175,7 +175,7 @@ def test_dropconnect_learner(few):
     assert [o.out_features for o in dropconnect_learner(few, hidden=()).model[1:]]==[10]
 
 @pytest.mark.parametrize('make', [projection_learner, partial(dropconnect_learner, hidden=(8,)), partial(dropconnect_learner, hidden=(8,), inference='gaussian'), partial(positional_learner, dim=8, depth=1, heads=2)])
-def test_export(few, tmp_path, make):
+def test_export_others(few, tmp_path, make):
     learn = fit(make(few))
     learn.path = tmp_path
     learn.export()
@@ -213,7 +213,7 @@ def test_schedule(few):
 
 @pytest.mark.parametrize('f,message', [(lambda d: projection_learner(d, size_projection=1), 'size_projection must be at least 2'), (lambda d: projection_learner(d, p=1.), 'p is the probability of dropout'),
     (lambda d: dropconnect_learner(d, drop='droput'), "Did you mean 'dropout'"), (lambda d: dropconnect_learner(d, hidden=(8,0)), 'hidden must be numbers of units'),
-    (lambda d: dropconnect_learner(d, p=1.), 'p is the probability'), (lambda d: dropconnect_learner(d, inference='max'), 'unknown inference')])
+    (lambda d: dropconnect_learner(d, p=1.), 'p is the probability'), (lambda d: dropconnect_learner(d, inference='max'), 'unknown inference'), (lambda d: ssa_learner(d, n_out=0), 'n_out must be at least 1')])
 def test_bad_values(few, f, message):
     with pytest.raises(ValueError, match=message): f(few)
 

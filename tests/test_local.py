@@ -112,7 +112,8 @@ def test_cheapest():
     assert _cheapest((1024,), [-8], [8], 16, True) and not _cheapest((8,), [-7], [7], 16, False)
 
 @pytest.mark.parametrize('change,message', [(dict(k=(2,3,4,5,6)), 'q, k and v must be'), (dict(window=(1,)), 'window must be'), (dict(window=-1), 'window must be'), (dict(combine='times'), "combine must be"),
-    (dict(p=(3,3,5,4)), 'p must be'), (dict(factor=(2,3,3)), 'factor must be'), (dict(q_pos=(2,3,4,4,4)), 'q_pos must be')])
+    (dict(p=(3,3,5,4)), 'p must be'), (dict(factor=(2,3,3)), 'factor must be'), (dict(q_pos=(2,3,4,4,4)), 'q_pos must be'),
+    (dict(block=0), 'block must be'), (dict(block='dnse'), 'block must be'), (dict(block=(2,)), 'one for each of the 2')])
 def test_bad(change, message):
     args = dict(q=(2,3,4,5,4), k=(2,3,4,5,4), v=(2,3,4,5,4), window=1, **{k: v for k,v in change.items() if k not in ('k','window')})
     args.update(change)

@@ -6,9 +6,9 @@ from fastai.vision.models import xresnet as fx
 from torch import nn
 from fastattn.layers.simple import SimpleSelfAttention,fastai_state_dict
 from fastattn.models import xresnet as ours
-from fastattn.models.insert import attns,insert_attn,stages_of
+from fastattn.models.insert import GainedBranch,attn_layers,attns,insert_attn,stages_of
 from fastattn.models.projection import ProjectionClassifier
-from fastattn.models.xresnet import archs,attn_xresnet
+from fastattn.models.xresnet import archs,attn_xresnet,xresnet50_ssa
 
 def n_params(m): return sum(p.numel() for p in m.parameters())
 def places(m, cls=SimpleSelfAttention): return [n for n,o in m.named_modules() if isinstance(o, cls)]
@@ -152,11 +152,29 @@ def test_bad_callables():
     m = insert_attn(fx.xresnet18())
     with pytest.raises(ValueError, match='already'): insert_attn(m, stages=[2,1])
     assert len(places(m))==1
+    insert_attn(insert_attn(m, 'positional'), 'local') # other layers, in wrappers of one type
+    with pytest.raises(ValueError, match='a Local2DAttention behind'): insert_attn(m, 'local')
+    one, = attn_layers(insert_attn(fx.xresnet18(), stages=[1,'4.1.convpath']))
+    assert GainedBranch(nn.Identity())(torch.ones(1, 2, 3)).sum()==6
 
 def test_bad_xresnet():
+    for kwargs in (dict(arch='xresnet18'), dict(arch='xresnet50', c_in=1)):
+        with pytest.raises(ValueError, match='weights of xresnet50 for images of 3 channels only'): attn_xresnet(pretrained=True, **kwargs)
     with pytest.raises(ValueError, match="Did you mean 'xresnet50'"): attn_xresnet('xresent50')
     for o in ('sa','sym','nout'):
         with pytest.raises(ValueError, match='xresnet option'): attn_xresnet('xresnet18', **{o: 1})
+
+def test_pretrained(monkeypatch):
+    "A new last layer for another number of outputs, all else as loaded; a network that fails is said"
+    theirs = fx.xresnet50()
+    monkeypatch.setattr(fx, 'load_state_dict_from_url', lambda *args, **kwargs: dict(model=theirs.state_dict()))
+    for n_out in (1000,5):
+        m = xresnet50_ssa(pretrained=True, n_out=n_out)
+        assert m[-1].out_features==n_out and m.built=={'architecture': 'xresnet50', 'n_out': n_out}
+        assert torch.equal(m[0][0].weight, theirs[0][0].weight) and torch.equal(m[-1].weight, theirs[-1].weight)==(n_out==1000)
+    def fails(*args, **kwargs): raise OSError('no network')
+    monkeypatch.setattr(fx, 'load_state_dict_from_url', fails)
+    with pytest.raises(ValueError, match='could not be loaded .OSError: no network'): xresnet50_ssa(pretrained=True)
 
 def test_projection_classifier():
     for size,c_in,lead in (((28,28),1,(1,)), ((28,28),1,()), ((9,4),6,(2,3)), ((1,1),1,())):

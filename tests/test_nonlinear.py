@@ -4,6 +4,9 @@ import pytest,torch
 from hypothesis import given,settings,strategies as st
 from matplotlib import pyplot as plt
 from fastai.basics import DataLoaders,load_learner,set_seed
+from fastai.callback.training import ShortEpochCallback
+from fastai.torch_core import default_device
+from torch import nn
 from torch.utils.data import TensorDataset
 from fastattn.callback import Autocast,MaskTokens,SpanRecorder,masked_accuracy
 from fastattn.interpret import show_grids
@@ -115,7 +118,8 @@ def test_precision():
 @pytest.mark.parametrize('make,match', [
     (lambda: Local2DAttention(20, 3, heads=2), 'a multiple of 4'),
     (lambda: Local2DAttention(16, 3, heads=3), 'heads must divide dim'),
-    (lambda: Local2DAttention(16, -1, 2), 'span must be at least 0'),
+    (lambda: Local2DAttention(16, -1, 2), 'at least 0 steps'),
+    (lambda: Local2DAttention(16, 2.5, 2), 'whole number'),
     (lambda: Local2DAttention(16, (1,2,3), 2), 'one for each of the 2'),
     (lambda: Local2DAttention(16, 2, 2)(torch.randn(2, 4, 16)), r'got shape \(2, 4, 16\)'),
     (lambda: small(vocab_size=0), 'vocab_size must be at least 1'),
@@ -136,11 +140,13 @@ def test_precision():
     (lambda: small().generate(temperature=math.nan), 'temperature must be at least 0'),
     (lambda: small().generate(top_k=0), 'top_k must be at least 1'),
     (lambda: small().generate((5,)), 'prompt must be 2 whole numbers'),
+    (lambda: small().generate(5), 'prompt must be 2 whole numbers'),
     (lambda: small().generate((5,0)), 'prompt must be 2 whole numbers'),
     (lambda: small().generate(torch.zeros(0, 5, dtype=torch.long)), 'not empty'),
     (lambda: small().generate(torch.full((5,5), 9)), 'from 0 to 6, got 9'),
     (lambda: small().generate(torch.zeros(5, dtype=torch.long)), 'prompt must be'),
     (lambda: small().classify(torch.zeros(5, 5, dtype=torch.long)), 'classify needs a model with classes'),
+    (lambda: small(n_labels=3).classify(torch.zeros(5, 5, dtype=torch.long), rounds=0), 'rounds must be at least 1'),
     (lambda: MaskTokens(p_label=2), 'p_label is a probability')])
 def test_errors(make, match):
     with pytest.raises(ValueError, match=match): make()
@@ -288,6 +294,15 @@ def test_learner(tmp_path):
     preds,targets = learn.get_preds(with_input=False)
     assert preds.shape==(397,8,8,17) and (targets==-100).any()
 
+def test_learner_without_classes():
+    "The data has classes, the model takes none; batches go where fastai puts them"
+    dls = get_tokens('digits', levels=256)
+    assert dls.device==default_device() and dls.train_ds.tokens.max()==255
+    learn = nonlinear_learner(dls, embed_size=16, heads=2, depth=1, n_labels=0, cbs=ShortEpochCallback(0.1))
+    with learn.no_bar(),learn.no_logging(): learn.fit(1)
+    learn.model = nn.DataParallel(learn.model) # as several GPUs do
+    with learn.no_bar(),learn.no_logging(): learn.fit(1)
+
 def test_learner_on_text_and_errors(tmp_path):
     (tmp_path/'a.txt').write_text('to be or not to be, that is the question. '*40)
     dls = get_tokens(tmp_path/'a.txt', size=5, bs=8)
@@ -328,7 +343,7 @@ def test_text_matrices(tmp_path):
     assert read(train[1][0])==text[4:20] and read(valid[1][0])==text[916:932]
     assert len(train)==(900-16)//4+1 and len(valid)==6
 
-@pytest.mark.parametrize('kwargs,match', [(dict(data='digit'), "Did you mean 'digits'"), (dict(size=0), 'size must be at least 1'), (dict(levels=1), 'levels must be at least 2'),
+@pytest.mark.parametrize('kwargs,match', [(dict(data='digit'), "Did you mean 'digits'"), (dict(size=0), 'size must be at least 1'), (dict(levels=1), 'levels must be at least 2'), (dict(levels=257), 'levels must be at most 256'),
     (dict(bs=2000), 'bs must be at most'), (dict(data='text', size=999), 'too short')])
 def test_data_errors(kwargs, match):
     with pytest.raises(ValueError, match=match): get_tokens(**kwargs)

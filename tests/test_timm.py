@@ -8,7 +8,7 @@ from fastai.vision.learner import create_body,vision_learner
 from fastai.vision.models.xresnet import xresnet18
 from torch import nn
 from torchvision import models as tv
-from fastattn.callback import NoWeightDecay
+from fastattn.callback import NoWeightDecay,SpanRecorder
 from fastattn.interpret import attention_map,show_attention
 from fastattn.layers.positional import PositionalSelfAttention
 from fastattn.layers.projection import SelfProjection
@@ -374,6 +374,8 @@ def test_add_attn(few, trained):
     assert 'conv1.weight' not in moved(learn, before)
     learn.add_attn('eca', stages=2)
     assert len(learn._grab_cbs(NoWeightDecay))==1 and len(attn_layers(learn.model))==3
+    learn.add_attn('positional', stages=2)
+    assert len(learn._grab_cbs(SpanRecorder))==1
     fit(learn)
     with pytest.raises(ValueError, match='already'): learn.add_attn('eca', stages=2)
 

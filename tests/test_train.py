@@ -42,6 +42,13 @@ def test_names():
     assert 'stages1,2' in variant_name(variants(attn='ssa', stages='1,2')[0])
     assert not any(c in o for o in names for c in ' /:*')
 
+def test_long_names():
+    "No longer than file systems take, and still apart"
+    many = dict(arch='positional', ndim=1, dim=48, depth=3, heads=6, token='mean', encoding='sinusoid', sigma=0.123456, threshold=0.0123456, combine='multiply', modulate='positional', causal=True, penalty=0.123456,
+        bs=40, lr=0.00123456, wd=0.0123456, opt='adam', mom=0.912345, sqr_mom=0.9912345, eps=1.23456e-6, mixup=0.412345, sched='flat', precision='bf16', progressive=0.512345)
+    names = {variant_name(variants(**many, smooth=o)[0]) for o in (0.1,0.2)}
+    assert len(names)==2 and max(map(len, names))<220
+
 def test_run_files(tmp_path):
     runs = quick(tmp_path, runs=2, seed=3)
     files = sorted((tmp_path/'runs').rglob('*.json'))
@@ -121,7 +128,8 @@ def test_lr_find(tmp_path, capsys):
     (dict(blocks='lats'), "Did you mean 'last'"), (dict(opt='rangers'), "Did you mean 'ranger'"), (dict(opt='sgd', sqr_mom=0.9), 'unknown option for xresnet18 with sgd'),
     (dict(act='mish'), "Did you mean 'Mish'"), (dict(pool='Avg'), 'pooling'), (dict(epochs=0), 'epochs must be at least 1'), (dict(size=-1), 'size must be'), (dict(bs=1), 'bs must be'),
     (dict(lr=0.), 'lr must be positive'), (dict(preset='sdoria'), "Did you mean 'sdoria-"), (dict(board='128/6'), "unknown board"), (dict(board='128/5', size=64), 'a board sets size'), (dict(data='digits', board='128/5'), 'boards are for'),
-    (dict(board='128/5', preset='blurpool-5'), 'choose one'), (dict(track='mlflow'), 'unknown tracker'), (dict(presize=True), "unknown option for digits 'presize'"), (dict(progressive=0.), 'start is a share'), (dict(arch='nonlinear', progressive=0.5), 'unknown option for nonlinear'), (dict(runs=0), 'runs must be'), (dict(fp16=True, bf16=True), 'choose one'), (dict(wd=-1.), 'wd must be'), (dict(mixup=-1.), 'mixup must be')])
+    (dict(board='128/5', preset='blurpool-5'), 'choose one'), (dict(track='mlflow'), 'unknown tracker'), (dict(presize=True), "unknown option for digits 'presize'"), (dict(progressive=0.), 'start is a share'), (dict(arch='nonlinear', progressive=0.5), 'unknown option for nonlinear'), (dict(runs=0), 'runs must be'), (dict(fp16=True, bf16=True), 'choose one'), (dict(wd=-1.), 'wd must be'), (dict(wd=float('nan')), 'wd must be'), (dict(lr=float('nan')), 'lr must be positive'), (dict(smooth=2.), 'smooth must be'), (dict(opt='sgd', mom=-3.), 'mom must be'),
+    (dict(epochs=2.7), 'epochs must be a whole number'), (dict(arch='positional', causal='no'), 'causal must be True or False'), (dict(blocks='last,first'), 'indices from -2 to 1'), (dict(arch='nonlinear', window_size='3,4,5'), 'each of the 2'), (dict(mixup=-1.), 'mixup must be')])
 def test_bad(tmp_path, kwargs, message):
     with pytest.raises(ValueError, match=message): train(**{**dict(out=str(tmp_path/'runs')), **kwargs})
     assert not list(tmp_path.rglob('*.json'))
@@ -156,12 +164,17 @@ def test_track(tmp_path, track, pattern):
     f, = (tmp_path/'runs').rglob('seed0.json')
     files = list(f.parent.glob(pattern))
     assert files and (track!='csv' or len(files[0].read_text().splitlines())==3)
+    f.unlink() # and anew
+    quick(tmp_path, attn='none', epochs=2, track=track, resume=False)
+    assert track!='csv' or len(files[0].read_text().splitlines())==3
 
 def test_preset(tmp_path, capsys):
     train(preset='list')
     assert 'sdoria-50-47' in capsys.readouterr().out
     runs = train(preset='projection-4', epochs=1, data='digits', size=8, out=str(tmp_path/'runs'))
     assert len(runs)==1 and runs[0]['config']['size_projection']==4 and runs[0]['config']['p']==0.75
+    sgd, *_ = mod._configs('digits', None, 'sgd', 'sdoria-5', None, {})[0]
+    assert (sgd['opt'],sgd['mom'],sgd['lr'])==('sgd',0.9,3e-3) and 'sqr_mom' not in sgd
 
 def test_boards():
     runs = [dict(state='done', variant='v', seed=s, accuracy=0.87+s/1000, config=dict(size=128, epochs=5), commit='abc', versions=dict(fastattn='0'), archive='imagenette2-160') for s in range(5)]
@@ -200,6 +213,13 @@ def test_other_models(tmp_path):
     assert runs[0]['variant'].startswith('dropconnect-none-hidden20,10-') and runs[-1]['variant'].startswith('dropconnect-dropconnect-inferencegaussian-hidden20,10-')
     for kwargs,message in ((dict(hidden='20,x'), 'hidden must be numbers'), (dict(p=1.), 'p is the probability'), (dict(attn='ssa'), 'unknown option for dropconnect'), (dict(sched='cos'), "unknown schedule")):
         with pytest.raises(ValueError, match=message): quick(tmp_path, arch='dropconnect', **kwargs)
+
+def test_curves_of_all(tmp_path, monkeypatch):
+    "The folder's picture holds what other commands have trained there"
+    drawn = []
+    monkeypatch.setattr(mod, 'plot_curves', lambda vs, path: drawn.append(list(vs)))
+    for drop in ('none','dropconnect'): quick(tmp_path, arch='dropconnect', drop=drop, hidden='8')
+    assert [len(o) for o in drawn]==[1,2]
 
 def test_rows_of_callbacks(tmp_path):
     learn = build_learner(variants(arch='dropconnect', drop='dropconnect', hidden='8', size=8)[0])

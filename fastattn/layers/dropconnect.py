@@ -10,7 +10,7 @@ import torch
 from torch import Tensor,nn
 import torch.nn.functional as F
 from typing import Optional
-from ..core import check_name
+from ..core import check_least,check_name
 
 # %% ../../nbs/layers/02_dropconnect.ipynb #edec3f42
 _digits = 16
@@ -125,8 +125,7 @@ class DropConnect(nn.Linear):
         device=None, # Where the parameters are made
         dtype=None # Their dtype
     ):
-        for k,v in dict(in_features=in_features, out_features=out_features).items():
-            if v<1: raise ValueError(f"{k} must be at least 1, got {v}")
+        check_least(1, in_features=in_features, out_features=out_features)
         _check_p(p)
         check_name(inference, ['mean','gaussian'], 'inference')
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
@@ -150,6 +149,8 @@ class DropConnect(nn.Linear):
 # %% ../../nbs/layers/02_dropconnect.ipynb #bc8964ea
 def _swap(model, found, build):
     "Put `build(m)` in the place of each of the modules `found`, a dict by name; one new module for each old one, however often it is used"
+    for name,m in found.items():
+        if m._modules or m._forward_hooks or m._forward_pre_hooks: raise ValueError(f"the layer {name!r} has modules or hooks of its own, which a new layer would lack")
     new = {m: build(m) for m in found.values()}
     for name,m in found.items():
         if not name: return new[m]
@@ -162,7 +163,7 @@ def to_dropconnect(
     layers=None, # Names of linear layers, as in `model.named_modules()`; default: all
     inference:str='mean' # 'mean' or 'gaussian'
 )->nn.Module: # `model`; or the new layer, if `model` itself is a linear layer
-    "Make linear layers of `model` drop connections; such as do so already get the new `p` and `inference`. A `ValueError` if there are none, or not of these names"
+    "Make linear layers of `model` drop connections; such as do so already get the new `p` and `inference`. A `ValueError` if there are none, or not of these names, or if they have modules or hooks of their own"
     found = {n: m for n,m in model.named_modules(remove_duplicate=False) if type(m) in (nn.Linear,DropConnect)}
     if not found: raise ValueError(f"the model, a {type(model).__name__}, has no nn.Linear to make DropConnect of")
     names = list(found) if layers is None else [layers] if isinstance(layers, str) else list(layers)

@@ -9,6 +9,7 @@ __all__ = ['local_attention']
 import torch
 import torch.nn.functional as F
 from math import prod
+from numbers import Integral
 from operator import index
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
@@ -258,6 +259,9 @@ def local_attention(
         raise ValueError(f"q, k and v must be (batch, heads, *grid, channels) and differ in the channels of v only, got shapes {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}")
     window = (window,)*d if isinstance(window, int) else tuple([index(o) for o in window])
     if len(window)!=d or min(window)<0: raise ValueError(f"window must be a number of steps, at least 0, or one for each of the {d} dimensions, got {window}")
+    if block not in (None,'dense'):
+        block = tuple(block) if isinstance(block, (tuple,list)) else (block,)*d
+        if len(block)!=d or any(not isinstance(b, Integral) or b<1 for b in block): raise ValueError(f"block must be 'dense', a whole number, at least 1, or one for each of the {d} dimensions, got {block}")
     if combine not in ('add','multiply'): raise ValueError(f"combine must be 'add' or 'multiply', got {combine!r}")
     for name,t,tail in (('p',p,(q.shape[-1],)), ('factor',factor,())):
         sizes = (*(2*w+1 for w in window),*tail)
@@ -278,5 +282,5 @@ def local_attention(
     args = q,k,v,grid,[-s for s in steps],steps,p,q_pos,factor,combine=='multiply',causal
     with torch.autocast(dev, enabled=False):
         if isinstance(block, str): y = _dense(*args)
-        else: y = _windowed(*args, tuple(min(b, s) for b,s in zip([block]*d if isinstance(block, int) else block, grid)))
+        else: y = _windowed(*args, tuple(min(b, s) for b,s in zip(block, grid)))
         return y.to(dtype)

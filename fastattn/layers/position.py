@@ -9,6 +9,7 @@ __all__ = ['window_steps', 'relative', 'SirenEncoding', 'SinusoidEncoding', 'rot
 import math,torch
 from operator import index
 from torch import nn
+from ..core import check_least
 
 # %% ../../nbs/layers/04_position.ipynb #ad0770e9
 def window_steps(
@@ -41,20 +42,21 @@ class SirenEncoding(nn.Module):
         act_cls=None # Another activation in place of the sines, with PyTorch's usual initialisation
     ):
         super().__init__()
-        for k,v in dict(ndim=ndim, n_out=n_out, hidden=hidden, depth=depth).items():
-            if v<1: raise ValueError(f"{k} must be at least 1, got {v}")
+        check_least(1, ndim=ndim, n_out=n_out, hidden=hidden, depth=depth)
         self.ndim,self.normalized = ndim,normalized
         sizes = [ndim,*[hidden]*(depth-1),n_out]
         self.layers = nn.ModuleList(nn.Linear(i, o) for i,o in zip(sizes, sizes[1:]))
         self.act = act_cls() if act_cls else None
-        self.w0 = nn.Parameter(torch.tensor([w0 if w0_first is None else w0_first,*[w0]*(depth-2)][:depth-1]), requires_grad=learn_w0)
+        self.start = [float(w0 if w0_first is None else w0_first),*[float(w0)]*(depth-2)][:depth-1]
+        self.w0 = nn.Parameter(torch.tensor(self.start), requires_grad=learn_w0)
         self.reset_parameters()
 
     def reset_parameters(self):
-        "First layer uniform up to 1/n, hidden ones up to sqrt(6/n)/w0, last one Kaiming's; biases 0"
+        "Frequencies as they were given; first layer uniform up to 1/n, hidden ones up to sqrt(6/n)/w0, last one Kaiming's; biases 0"
+        with torch.no_grad(): self.w0.copy_(torch.tensor(self.start))
         for i,l in enumerate(self.layers):
             n,hidden = l.in_features,i<len(self.layers)-1 and self.act is None
-            if hidden: nn.init.uniform_(l.weight, -(b := 1/n if i==0 else (6/n)**0.5/abs(self.w0[i].item())), b)
+            if hidden: nn.init.uniform_(l.weight, -(b := 1/n if i==0 else (6/n)**0.5/abs(self.start[i])), b)
             else: nn.init.kaiming_uniform_(l.weight, nonlinearity='linear')
             nn.init.zeros_(l.bias)
 
@@ -79,7 +81,8 @@ class SinusoidEncoding(nn.Module):
         hidden:int=64 # Number of sines and cosines, all dimensions together
     ):
         super().__init__()
-        if min(ndim, n_out)<1 or hidden<2*ndim: raise ValueError(f"ndim and n_out must be at least 1, and hidden at least 2 for each dimension; got ndim={ndim}, n_out={n_out}, hidden={hidden}")
+        check_least(1, ndim=ndim, n_out=n_out)
+        if hidden<2*ndim: raise ValueError(f"hidden must be at least 2 for each dimension, {2*ndim}, got {hidden}")
         n = hidden//(2*ndim)
         self.ndim,self.linear = ndim,nn.Linear(2*n*ndim, n_out)
         self.register_buffer('freqs', torch.exp(-math.log(10000)*torch.arange(n)/n), persistent=False)
@@ -109,6 +112,7 @@ def rotary(
 # %% ../../nbs/layers/04_position.ipynb #34be08ce
 class GaussianSpan(nn.Module):
     """A learned Gaussian over offsets: how much they count, and how far the window reaches. Thesis as for `SirenEncoding`, equations 3.8 and 3.9; `full` is from its future work.
+    A model that was compiled keeps its windows until `radius` is called again, as `SpanRecorder` does before each batch.
     A `ValueError` for a `sigma` that is not positive, or a threshold outside [0, 1)"""
     def __init__(self,
         ndim:int, # Number of dimensions of the grid
@@ -119,7 +123,7 @@ class GaussianSpan(nn.Module):
         learn:bool=True # Train it?
     ):
         super().__init__()
-        if ndim<1 or heads<1: raise ValueError(f"ndim and heads must be at least 1, got ndim={ndim}, heads={heads}")
+        check_least(1, ndim=ndim, heads=heads)
         if not (sigma>0 and math.isfinite(sigma)): raise ValueError(f"sigma must be positive and finite, got {sigma}")
         if not 0<=threshold<1: raise ValueError(f"threshold must be in [0, 1), got {threshold}")
         self.ndim,self.threshold,self.full = ndim,threshold,full

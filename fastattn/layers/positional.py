@@ -8,9 +8,10 @@ __all__ = ['encodings', 'PositionalSelfAttention']
 # %% ../../nbs/layers/05_positional.ipynb #f2a20652
 import torch
 from math import prod
+from numbers import Integral
 from operator import index
 from torch import nn
-from ..core import check_name
+from ..core import check_least,check_name
 from .local import local_attention
 from .position import GaussianSpan,SinusoidEncoding,SirenEncoding,rotary,window_steps
 
@@ -31,8 +32,7 @@ class PositionalSelfAttention(nn.Module):
         causal:bool=False # See only what is not later in reading order?
     ):
         super().__init__()
-        for k,v in dict(dim=dim, heads=heads, ndim=ndim).items():
-            if v<1: raise ValueError(f"{k} must be at least 1, got {v}")
+        check_least(1, dim=dim, heads=heads, ndim=ndim)
         if dim%heads: raise ValueError(f"heads must divide dim, got dim={dim} and heads={heads}")
         check_name(combine, ['add','multiply'], 'combine')
         check_name(modulate, ['all','positional'], 'modulate')
@@ -42,8 +42,9 @@ class PositionalSelfAttention(nn.Module):
         if self.rotate: encoding = None
         if isinstance(encoding, str): encoding = encodings[check_name(encoding, [*encodings,'rotary'], 'encoding')](ndim, dim)
         if isinstance(span, str): span = dict(gaussian=GaussianSpan)[check_name(span, ['gaussian'], 'span')](ndim)
-        if isinstance(span, int): span = (span,)*ndim
-        if isinstance(span, (tuple,list)) and (len(span)!=ndim or min(span)<0): raise ValueError(f"span must be at least 0 steps, a number or one for each of the {ndim} dimensions, got {span}")
+        if not (span is None or isinstance(span, GaussianSpan)):
+            span = tuple(span) if isinstance(span, (tuple,list)) else (span,)*ndim
+            if len(span)!=ndim or any(not isinstance(o, Integral) or o<0 for o in span): raise ValueError(f"span must be 'gaussian', a GaussianSpan, None, or at least 0 steps, a whole number or one for each of the {ndim} dimensions; got {span}")
         if isinstance(span, GaussianSpan) and (span.ndim!=ndim or len(span.log_sigma) not in (1,heads)): raise ValueError(f"the span must be of ndim={ndim} and of {heads} heads or 1, got {span}")
         self.heads,self.ndim,self.encoding,self.span,self.combine,self.modulate,self.causal = heads,ndim,encoding,span,combine,modulate,causal
         self.qkv,self.proj = nn.Linear(dim, 3*dim),nn.Linear(dim, dim)

@@ -7,6 +7,7 @@ __all__ = ['attns', 'GainedBranch', 'stages_of', 'AttnAfter', 'AttnSite', 'AttnS
            'remove_attn']
 
 # %% ../../nbs/models/00_insert.ipynb #06f56b20
+import torch
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import partial
@@ -31,7 +32,7 @@ class GainedBranch(nn.Module):
     ):
         super().__init__()
         self.layer,self.channels_last = layer,channels_last
-        self.gain = nn.Parameter(next(layer.parameters()).new_zeros(1))
+        self.gain = nn.Parameter(next(layer.parameters(), torch.empty(0)).new_zeros(1))
 
     def forward(self, x):
         "`x` (B, C, *grid) -> the same shape"
@@ -225,9 +226,12 @@ def _pick(model, stages, blocks):
     found,stages = _staged_sites(model),_listify(stages)
     numbers = [o for o in stages if not isinstance(o, str)]
     picked = [found[s-1][b] for s in (_pick_stages(found, numbers) if numbers or not stages else []) for b in _pick_blocks(s, len(found[s-1]), blocks)]
-    return picked+[_named_site(model, o, len(found)) for o in stages if isinstance(o, str)]
+    picked += [_named_site(model, o, len(found)) for o in stages if isinstance(o, str)]
+    return list({o.module: o for o in picked}.values()) # each once
 
 # %% ../../nbs/models/00_insert.ipynb #9a58e5f5
+def _kind(layer): return type(layer.layer if isinstance(layer, GainedBranch) else layer)
+
 def _make(attn, name, place, site, like):
     "The layer for `site`, where the parameters of `place` are"
     if isinstance(place, (nn.ModuleList,nn.ModuleDict)) or isinstance(place, nn.Sequential) and type(place).forward is not nn.Sequential.forward:
@@ -235,7 +239,7 @@ def _make(attn, name, place, site, like):
     if site.channels is None and name: raise ValueError(f"{site.module} does not tell its number of channels; pass an attention that knows it, as in attn=lambda _: SimpleSelfAttention(64)")
     layer,p = attn(site.channels),next(place.parameters(), like)
     if not isinstance(layer, nn.Module): raise TypeError(f"attn must build an nn.Module from a number of channels, got {type(layer).__name__}")
-    if any(type(o) is type(layer) for o in _there(place)): raise ValueError(f"there is a {type(layer).__name__} behind {site.module} already")
+    if _kind(layer) in map(_kind, _there(place)): raise ValueError(f"there is a {_kind(layer).__name__} behind {site.module} already")
     if name: layer.attn_name = name
     return layer.to(p.device, p.dtype).train(place.training)
 

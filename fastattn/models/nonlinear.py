@@ -12,6 +12,7 @@ from fastcore.basics import patch
 from fastprogress.fastprogress import progress_bar
 from numbers import Integral
 from torch import nn
+from ..core import check_least
 from ..layers.local2d import Local2DAttention,NonLinearBlock
 from ..layers.position import SirenEncoding,window_steps
 
@@ -32,10 +33,8 @@ class NonLinearTransformer(nn.Module):
         p:float=0. # Probability of dropout
     ):
         super().__init__()
-        for k,v in dict(vocab_size=vocab_size, iterations=iterations, depth=depth).items():
-            if v<1: raise ValueError(f"{k} must be at least 1, got {v}")
-        for k,v in dict(n_labels=n_labels, global_every=global_every).items():
-            if v<0: raise ValueError(f"{k} must be at least 0, got {v}")
+        check_least(1, vocab_size=vocab_size, iterations=iterations, depth=depth)
+        check_least(0, n_labels=n_labels, global_every=global_every)
         self.matrix_dim = _shape(matrix_dim if isinstance(matrix_dim, (tuple,list)) else (matrix_dim,matrix_dim), 2, 'matrix_dim')
         self.iterations = iterations
         self.embed,self.masked = nn.Embedding(vocab_size, embed_size),nn.Parameter(torch.randn(embed_size))
@@ -79,7 +78,7 @@ class NonLinearTransformer(nn.Module):
         return label.expand(n)
 
 def _shape(o, n, what):
-    o = tuple(o)
+    o = tuple(o) if isinstance(o, (tuple,list)) else (o,)
     if len(o)!=n or not all(isinstance(i, Integral) and i>0 for i in o): raise ValueError(f"{what} must be {n} whole numbers, at least 1 each, got {o}")
     return o
 
@@ -126,12 +125,12 @@ def generate(self:NonLinearTransformer,
     frames:bool=False # Return the matrix after each step too?
 ): # Tokens of the shape asked for; with `frames` a list of `steps`+1 such, -1 where nothing is written yet
     "Write a matrix of tokens in all directions at once, the most certain cells first; what is given stays. A `ValueError` for what cannot be"
-    if steps<1: raise ValueError(f"steps must be at least 1, got {steps}")
+    check_least(1, steps=steps)
     if not temperature>=0: raise ValueError(f"temperature must be at least 0, got {temperature}")
-    if top_k is not None and top_k<1: raise ValueError(f"top_k must be at least 1, got {top_k}")
+    if top_k is not None: check_least(1, top_k=top_k)
     device = self.head.weight.device
     prompt = self.matrix_dim if prompt is None else prompt
-    if not isinstance(prompt, torch.Tensor): prompt = torch.full(_shape(prompt, 3 if len(prompt)==3 else 2, 'prompt'), -1)
+    if not isinstance(prompt, torch.Tensor): prompt = torch.full(_shape(prompt, 3 if isinstance(prompt, (tuple,list)) and len(prompt)==3 else 2, 'prompt'), -1)
     if prompt.dim() not in (2,3) or not prompt.numel(): raise ValueError(f"prompt must be (rows, columns) or (batch, rows, columns), and not empty; got shape {tuple(prompt.shape)}")
     with _as_trained(self): res = _write(self, prompt.to(device).view(-1, *prompt.shape[-2:]), steps, temperature, top_k, label, generator)
     res = [o.view(prompt.shape) for o in res]
@@ -145,7 +144,8 @@ def classify(self:NonLinearTransformer,
     generator=None # `torch.Generator` on the CPU, for which ones
 )->torch.Tensor: # (n_labels,) or (B, n_labels), log probabilities of the classes
     """What class a matrix is of, by what is known of it: Bayes' rule, all classes being as likely before.
-    Hide a part of what is known, ask under each class how probable it is, and weight it for the whole. A `ValueError` for a model without classes"""
+    Hide a part of what is known, ask under each class how probable it is, and weight it for the whole. A `ValueError` for a model without classes, and for less than one round"""
+    check_least(1, rounds=rounds)
     if self.label is None: raise ValueError("classify needs a model with classes, NonLinearTransformer(n_labels=...)")
     batch = tokens if tokens.dim()==3 else tokens[None]
     known,given,score = batch>=0,batch.clamp(min=0),0

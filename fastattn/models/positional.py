@@ -8,7 +8,7 @@ __all__ = ['tokens', 'PositionalBlock', 'PositionalTransformer']
 # %% ../../nbs/models/03_positional.ipynb #18010aee
 from torch import nn
 import torch.nn.functional as F
-from ..core import check_name
+from ..core import check_least,check_name
 from ..layers.positional import PositionalSelfAttention
 
 # %% ../../nbs/models/03_positional.ipynb #95155b7d
@@ -23,6 +23,7 @@ class PositionalBlock(nn.Module):
         pool:int=1 # Max-pooling in every dimension, by this factor
     ):
         super().__init__()
+        if not isinstance(attn, PositionalSelfAttention): raise TypeError(f"attn must build PositionalSelfAttention, got {type(attn).__name__}")
         dim = attn.qkv.in_features
         self.attn,self.pool = attn,pool
         self.ff = nn.Sequential(nn.Linear(dim, ff), nn.Dropout(p), nn.ReLU(), nn.Linear(ff, dim))
@@ -56,8 +57,7 @@ class PositionalTransformer(nn.Module):
         **kwargs # `PositionalSelfAttention`'s: encoding, span, combine, modulate, causal
     ):
         super().__init__()
-        for k,v in dict(c_in=c_in, n_out=n_out, depth=depth, ff=ff, pool=pool).items():
-            if v<1: raise ValueError(f"{k} must be at least 1, got {v}")
+        check_least(1, c_in=c_in, n_out=n_out, depth=depth, ff=ff, pool=pool)
         if pool_after and ndim not in _pools: raise ValueError(f"max-pooling is there for 1 to 3 dimensions, got ndim={ndim}")
         if any(not 0<=o<depth for o in pool_after): raise ValueError(f"pool_after must be blocks from 0 to {depth-1}, got {tuple(pool_after)}")
         if attn is None: attn = lambda i: PositionalSelfAttention(dim, heads, ndim, **kwargs)

@@ -8,6 +8,7 @@ __all__ = ['ProjectionClassifier']
 # %% ../../nbs/models/02_projection.ipynb #41657ec3
 from math import prod
 from torch import nn
+from ..core import check_least
 from ..layers.projection import SelfProjection
 
 # %% ../../nbs/models/02_projection.ipynb #942fe454
@@ -22,8 +23,7 @@ class ProjectionClassifier(nn.Module):
         c_in:int=1 # Channels of the input
     ):
         super().__init__()
-        for k,v in dict(n_out=n_out, c_in=c_in).items():
-            if v<1: raise ValueError(f"{k} must be at least 1, got {v}")
+        check_least(1, n_out=n_out, c_in=c_in)
         if not 0<=p<1: raise ValueError(f"p is the probability of dropout, from 0 to less than 1; got {p}")
         self.c_in,n = c_in,c_in*size_projection**2
         self.projection = SelfProjection(size_input, size_projection)

@@ -112,7 +112,7 @@ def _to_word(k, v):
 def _from_word(k, v): return getattr(nn, v, None) or getattr(fastai_layers, v) if k in _callables else v
 
 def _xresnet_config(model):
-    args = {k: _to_word(k, v) for k,v in model.built.items() if k not in ('architecture','pretrained','n_out')}
+    args = {k: _to_word(k, v) for k,v in model.built.items() if k not in ('architecture','n_out')}
     return dict(architecture=model.built['architecture'], num_classes=model[-1].out_features, model_args=args)
 
 def _timm_config(model):

@@ -11,7 +11,6 @@ import inspect,os,shutil
 import numpy as np
 from filelock import FileLock
 from functools import lru_cache,partial
-from numbers import Integral
 from operator import attrgetter
 from PIL import Image
 from pydoc_data.topics import topics
@@ -19,7 +18,7 @@ from fastai.vision.all import *
 from concurrent.futures import ThreadPoolExecutor
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
-from ..core import check_name
+from ..core import check_least,check_name
 
 # %% ../../nbs/recipes/00_data.ipynb #de0a06d7
 class DigitImage(Transform):
@@ -116,12 +115,14 @@ def presize_images(
     path, # Folder of images
     side:int # What the longer side of each shall have at most, in pixels
 )->Path: # The folder of shrunken copies, beside `path`
-    "Shrink the images below `path` once, with fastai's `resize_images`; what was done before, also by another process, is used again"
+    "Shrink the images below `path` once, with fastai's `resize_images`; what was done before, also by another process, is used again. A `ValueError` if some cannot be read"
+    path = Path(path)
     dest = path.with_name(f'{path.name}-{side}px')
     with FileLock(f'{dest}.lock'):
         if not dest.exists():
             shutil.rmtree(tmp := dest.with_name(f'{dest.name}.tmp'), ignore_errors=True)
             resize_images(path, max_size=side, dest=tmp, recurse=True, quality=95)
+            if (n := len(get_image_files(tmp)))<(m := len(get_image_files(path))): raise ValueError(f"only {n} of the {m} images in {path} could be shrunk, see above; they stand in {tmp}")
             os.replace(tmp, dest)
     return dest
 
@@ -135,7 +136,7 @@ def imagenette_dls(
     size:int, # Pixels per side; up to 128 from the archive of 160 px, up to 256 from that of 320 px
     bs:int, # Batch size
     workers:int, # Processes that load data
-    aug:str='crop', # Of training images: 'crop' (random crops, flipped) or 'flip' (the whole, flipped)
+    aug:str='crop', # Of training images: 'crop' (random crops, flipped) or 'flip' (the largest square, flipped)
     presize:bool=False # From copies on disk whose longer side is twice `size`, made at the first use
 )->DataLoaders:
     "Imagenette: photos of ten things that are easy to tell apart"
@@ -145,7 +146,7 @@ def imagewoof_dls(
     size:int, # Pixels per side; up to 128 from the archive of 160 px, up to 256 from that of 320 px
     bs:int, # Batch size
     workers:int, # Processes that load data
-    aug:str='crop', # Of training images: 'crop' (random crops, flipped) or 'flip' (the whole, flipped)
+    aug:str='crop', # Of training images: 'crop' (random crops, flipped) or 'flip' (the largest square, flipped)
     presize:bool=False # From copies on disk whose longer side is twice `size`, made at the first use
 )->DataLoaders:
     "Imagewoof: photos of ten breeds of dogs, which are not"
@@ -193,7 +194,7 @@ def folder_dls(
     size:int, # Pixels per side
     bs:int, # Batch size
     workers:int, # Processes that load data
-    aug:str='crop' # Of training images: 'crop' (random crops, flipped) or 'flip' (the whole, flipped)
+    aug:str='crop' # Of training images: 'crop' (random crops, flipped) or 'flip' (the largest square, flipped)
 )->DataLoaders:
     "The images below `path`, looked at first, and treated as Imagenette's"
     path = Path(path)
@@ -221,8 +222,8 @@ def get_dls(
     A `ValueError` for an unknown name or unusable images, a `FileNotFoundError` if the data are not there and cannot be fetched"""
     name = str(data)
     size,workers = ifnone(size, _sizes.get(name, 128)),ifnone(workers, 0 if name in ('digits','mnist') else min(8, num_cpus()))
-    for k,v,low in (('size',size,1), ('bs',bs,1), ('workers',workers,0)):
-        if not isinstance(v, Integral) or v<low: raise ValueError(f"{k} must be at least {low}, and a whole number, got {v!r}")
+    check_least(1, size=size, bs=bs)
+    check_least(0, workers=workers)
     if name in datasets: make = datasets[name]
     elif Path(data).is_dir(): make = partial(folder_dls, data)
     else: check_name(name, datasets, 'data set (a name, or the path to a folder of images)')
@@ -271,16 +272,17 @@ def get_tokens(
     data='digits', # 'digits', 'mnist', 'text' (Python's own manual), or a text file (UTF-8)
     size:int=None, # Rows and columns (default: digits 8, mnist 14, texts 16)
     bs:int=64, # Batch size
-    levels:int=17, # Shades of grey, at least 2; a text has its own characters
+    levels:int=17, # Shades of grey, 2 to 256; a text has its own characters
     workers:int=None # Processes that load data (default: none)
 )->DataLoaders: # Of tokens (bs, size, size), and classes (bs,) where there are some
     "`DataLoaders` of matrices of tokens; their data sets are `TokenMatrices`. A `ValueError` for an unknown name, and numbers that cannot be"
     data = str(data)
     if not Path(data).is_file(): check_name(data, _matrix_sizes, 'data set (a name, or a text file)')
     size = ifnone(size, _matrix_sizes.get(data, 16))
-    for k,v,low in (('size',size,1), ('bs',bs,1), ('levels',levels,2)):
-        if not isinstance(v, Integral) or v<low: raise ValueError(f"{k} must be at least {low}, and a whole number, got {v!r}")
+    check_least(1, size=size, bs=bs)
+    check_least(2, levels=levels)
+    if levels>256: raise ValueError(f"levels must be at most 256, for images have no more shades; got {levels}")
     train,valid = _read_tokens(data, size, levels)
     if len(train)<bs: raise ValueError(f"bs must be at most the number of matrices for training, {len(train)}, got {bs}")
     kw = dict(n_inp=1, num_workers=workers or 0)
-    return DataLoaders(TfmdDL(train, bs=bs, shuffle=True, drop_last=True, **kw), TfmdDL(valid, bs=2*bs, **kw), path='.')
+    return DataLoaders(TfmdDL(train, bs=bs, shuffle=True, drop_last=True, **kw), TfmdDL(valid, bs=2*bs, **kw), path='.', device=default_device())

@@ -13,16 +13,16 @@ from importlib.resources import files
 from pathlib import Path
 from scipy import stats
 from statistics import mean,stdev
-from typing import Annotated
 from fastcore.script import CliError,call_parse,is_cli
 from ..core import check_name,md_cells,write_atomic
 
 # %% ../../nbs/recipes/03_leaderboard.ipynb #4e045c6f
 def _check_run(o):
     "The record `o` of a run, or a `ValueError` that says what is wrong with it"
-    types = dict(state=str, variant=str, config=dict, seed=int, epochs=list)
-    if not isinstance(o, dict) or any(not isinstance(o.get(k), t) for k,t in types.items()) or not {'data','size','epochs'}<=set(o['config']): raise ValueError("is no run of fastattn-train")
-    if o['state']=='done' and not (isinstance(a := o.get('accuracy'), (int,float)) and math.isfinite(a)): raise ValueError(f"is done, but its accuracy is {a!r}")
+    def holds(o, **types): return isinstance(o, dict) and all(isinstance(o.get(k), t) for k,t in types.items())
+    if not holds(o, state=str, variant=str, config=dict, seed=int, epochs=list) or not holds(o['config'], data=str, size=int, epochs=int): raise ValueError("is not a run of fastattn-train")
+    for k in ('accuracy','time_s') if o['state']=='done' else ():
+        if not (isinstance(v := o.get(k), (int,float)) and math.isfinite(v)): raise ValueError(f"is done, but its {k} is {v!r}")
     return o
 
 def read_runs(
@@ -103,48 +103,58 @@ def holm(
         res[i] = worst
     return res
 
-def _p(test): return float(test.pvalue) if math.isfinite(test.pvalue) else None
+def _tested(name, test, *args, **kwargs):
+    "p as `name`, and the interval, of one of scipy's t-tests"
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore') # where all runs of one of two variants are equal
+        res = test(*args, **kwargs)
+    ci = res.confidence_interval()
+    return {name: float(res.pvalue), 'low': float(ci.low), 'high': float(ci.high)}
 
 _compared = 'diff low high p_welch p_paired pairs power needed'.split()
+_noise = 1e-6 # differences that vary less than by rounding do not vary, and a test would take them for certain
 
 def compare(
     a:dict, # seed -> accuracy of a variant
     b:dict # seed -> accuracy of the baseline
 )->dict:
-    "Difference of `a` to `b`, its interval, Welch's and the paired test, power of the one that is paired if it can be, and the runs that 80% would take; None for what too few runs leave open"
+    "Difference of `a` to `b`, its interval, Welch's and the paired test, power of the one that is paired if it can be, and the runs that 80% would take; None for what too few runs leave open, or runs that differ by the same each time"
     res = dict.fromkeys(_compared)
     xs,ys = np.array(list(a.values())),np.array(list(b.values()))
     both = [k for k in a if k in b]
     res.update(diff=float(xs.mean()-ys.mean()), pairs=len(both))
-    with warnings.catch_warnings(), np.errstate(all='ignore'):
-        warnings.simplefilter('ignore') # of scipy, when all differences are equal
-        if min(len(xs),len(ys))>1:
-            test = stats.ttest_ind(xs, ys, equal_var=False)
-            va,vb = xs.var(ddof=1),ys.var(ddof=1)
-            res.update(p_welch=_p(test), low=float(test.confidence_interval().low), high=float(test.confidence_interval().high))
-            def power(n, m): return t_power(res['diff']/math.sqrt(va/n+vb/m), _welch_df((va/n,n), (vb/m,m)))
-            if va+vb>0: res.update(power=power(len(xs), len(ys)), needed=_runs_needed(lambda n: power(n, n)))
-        if len(both)>1:
-            d = np.array([a[k]-b[k] for k in both])
-            test,sd = stats.ttest_rel([a[k] for k in both], [b[k] for k in both]),d.std(ddof=1)
-            ci = test.confidence_interval()
-            res.update(diff=float(d.mean()), p_paired=_p(test), low=float(ci.low), high=float(ci.high), power=None, needed=None)
-            def power(n): return t_power(d.mean()/sd*math.sqrt(n), n-1)
-            if sd>0: res.update(power=power(len(d)), needed=_runs_needed(power))
+    if min(len(xs),len(ys))>1 and (va := xs.var(ddof=1))+(vb := ys.var(ddof=1))>_noise**2:
+        def power(n, m): return t_power(res['diff']/math.sqrt(va/n+vb/m), _welch_df((va/n,n), (vb/m,m)))
+        res.update(_tested('p_welch', stats.ttest_ind, xs, ys, equal_var=False), power=power(len(xs), len(ys)), needed=_runs_needed(lambda n: power(n, n)))
+    if len(both)>1:
+        d = np.array([a[k]-b[k] for k in both])
+        mean,sd = float(d.mean()),d.std(ddof=1)
+        res.update(diff=mean, low=None, high=None, power=None, needed=None)
+        def power(n): return t_power(mean/sd*math.sqrt(n), n-1)
+        if sd>_noise: res.update(_tested('p_paired', stats.ttest_1samp, d, 0), power=power(len(d)), needed=_runs_needed(power))
     return res
 
 # %% ../../nbs/recipes/03_leaderboard.ipynb #99ceadbe
+def _by_seed(label, runs):
+    "Accuracy of each seed that is done"
+    done = [o for o in runs if o['state']=='done']
+    res = {o['seed']: o['accuracy'] for o in done}
+    if len(res)<len(done): raise ValueError(f"{label!r} has several runs of one seed, so they are of several variants: {', '.join(sorted({o['variant'] for o in done}))}")
+    return res
+
+def _is_none(label): return 'none' in label.split(', ')
+
 def board_rows(
     variants:dict, # label -> records of its runs, as `group_runs` gives them for a group
-    baseline:str=None # A label (default: the one that starts with none, else the first)
+    baseline:str=None # A label (default: the first without attention or dropping, 'none'; else the first)
 )->list: # A dict for each variant, the baseline first, the others by accuracy
-    "The statistics of a group. A `ValueError` for a baseline that is not there"
-    accs = {v: {o['seed']: o['accuracy'] for o in os if o['state']=='done'} for v,os in variants.items()}
+    "The statistics of a group. A `ValueError` for a baseline that is not there, and for several runs of one seed under a label"
+    accs = {v: _by_seed(v, os) for v,os in variants.items()}
     labels = [v for v in accs if accs[v]]
-    base = check_name(baseline, labels, 'baseline') if baseline else next((v for v in labels if v.split(',')[0]=='none'), next(iter(labels), None))
+    base = check_name(baseline, labels, 'baseline') if baseline else next(filter(_is_none, labels), next(iter(labels), None))
     order = [base]+sorted((v for v in labels if v!=base), key=lambda v: -mean(accs[v].values())) if base else []
     rows = [_row(v, variants[v], accs[v]) | (dict.fromkeys(_compared) if v==base else compare(accs[v], accs[base])) for v in order]
-    for row,p in zip(rows, holm([r['p_paired'] if r['p_paired'] is not None else r['p_welch'] for r in rows])): row['p_holm'] = p
+    for row,p in zip(rows, holm([r['p_paired' if (r['pairs'] or 0)>1 else 'p_welch'] for r in rows])): row['p_holm'] = p
     return rows+[_row(v, variants[v], {}) for v in variants if v not in labels]
 
 def _row(label, runs, accs):
@@ -181,6 +191,7 @@ def format_rows(
 )->str:
     "A table of `rows`. A `ValueError` for an unknown style or column"
     if check_name(style, ['text','markdown','csv'], 'style')=='csv':
+        if columns: raise ValueError(f"columns are chosen for 'text' and 'markdown'; 'csv' has all, got {list(columns)}")
         w = csv.DictWriter(f := io.StringIO(), list(dict.fromkeys(k for r in rows for k in r)), lineterminator='\n')
         w.writeheader()
         w.writerows(rows)
@@ -197,12 +208,13 @@ def compare_table(
     by, # What to compare: record -> label
     baseline # The label to compare with
 )->str:
-    "A short table in Markdown: final accuracy by label, and the difference to `baseline` with its interval and p"
+    "A short table in Markdown: final accuracy by label, and the difference to `baseline` with its interval and p, by Holm too where there are several"
     variants = {}
     for o in runs: variants.setdefault(str(by(o)), []).append(o)
     rows = board_rows(variants, str(baseline))
     rows[1:] = sorted(rows[1:], key=lambda r: list(variants).index(r['variant']))
-    return format_rows(rows, 'markdown', ['variant','runs','accuracy','sd','difference','95% of it','Welch p' if all(r.get('p_paired') is None for r in rows) else 'paired p'])
+    p = 'Welch p' if all(r.get('p_paired') is None for r in rows) else 'paired p'
+    return format_rows(rows, 'markdown', ['variant','runs','accuracy','sd','difference','95% of it',p]+['Holm p']*(len(rows)>2))
 
 # %% ../../nbs/recipes/03_leaderboard.ipynb #a1b0a729
 def plot_boxes(
@@ -213,7 +225,7 @@ def plot_boxes(
     "Draw a box of the final accuracies for each variant, with a dot for each run"
     from matplotlib.figure import Figure
     accs = {v: [100*o['accuracy'] for o in os if o['state']=='done'] for v,os in variants.items()}
-    accs = {k: v for k,v in sorted(accs.items(), key=lambda o: (o[0].split(',')[0]!='none', -mean(o[1]) if o[1] else 0)) if v}
+    accs = {k: v for k,v in sorted(accs.items(), key=lambda o: (not _is_none(o[0]), -mean(o[1]) if o[1] else 0)) if v}
     fig = Figure(figsize=(7,1+0.35*len(accs)), layout='constrained')
     ax = fig.subplots()
     ax.boxplot(list(accs.values()), orientation='horizontal', widths=0.6, showfliers=False, medianprops=dict(color='C1'))
@@ -268,10 +280,14 @@ def _published_rows(data, size, epochs=None):
     return [dict(variant=f"published: {r['variant']} ({r['source']})", runs=r['runs'] or '?', accuracy=r['accuracy'], sd=r['sd']) for r in published(data, size, epochs)]
 
 # %% ../../nbs/recipes/03_leaderboard.ipynb #bd073de0
+def _against(rows, baseline):
+    "What to say of a group that lacks the baseline that was asked for"
+    return f" (without {baseline}; compared with {rows[0]['variant']})" if baseline and rows[0]['variant']!=baseline else ''
+
 @call_parse(pos=['out'])
 def leaderboard(
     out:str='runs', # Folder of runs
-    baseline:str=None, # Label of the variant to compare with (default: none)
+    baseline:str=None, # Label of the variant to compare with, where it is (default: none)
     style:str='text', # text, markdown, or csv, which has all numbers in full
     plots:str=None, # Folder for box plots and curves (PNG)
     equal_time:bool=False, # Compare across numbers of epochs, as when a slower variant gets fewer of them
@@ -289,7 +305,7 @@ def leaderboard(
             return _published_rows(c['data'], c['size'], None if equal_time else c['epochs'])
         shown = {g: rows+(more(g) if published else []) for g,rows in res.items()}
         if style=='csv': print(format_rows([dict(group=g)|r for g,rows in shown.items() for r in rows], style))
-        else: print('\n\n'.join(f"{'### ' if style=='markdown' else ''}{g}\n\n{format_rows(rows, style)}" for g,rows in shown.items()))
+        else: print('\n\n'.join(f"{'### ' if style=='markdown' else ''}{g}{_against(rows, baseline)}\n\n{format_rows(rows, style)}" for g,rows in shown.items()))
         for g,vs in groups.items() if plots else ():
             plot_boxes(vs, Path(plots)/f'{g}-boxes.png', g)
             plot_curves(vs, Path(plots)/f'{g}-curves.png')

@@ -47,7 +47,12 @@ opt_funcs = dict(
     sgd=(SGD, dict(mom=0.9)))
 
 acts = {o.__name__: o for o in (nn.Mish, nn.ReLU, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU)}
-def MaxBlurPool(stride, ndim=2, ceil_mode=True):
+
+def MaxBlurPool(
+    stride:int, # Of the blur
+    ndim:int=2, # Dimensions of the grid: images only
+    ceil_mode:bool=True # Means nothing here; fastai's other poolings have it
+)->nn.Module: # (B, C, H, W) -> (B, C, H/stride, W/stride), rounded up
     "The maximum of each square of 3, then a blur, so that features do not jump when the image shifts ([Zhang 2019](https://arxiv.org/abs/1904.11486))"
     if ndim!=2: raise ValueError(f"MaxBlurPool is for images, got ndim={ndim}")
     return nn.Sequential(nn.MaxPool2d(3, 1, 1), BlurPool2d(filt_size=3, stride=stride, pad_mode='replicate'))
@@ -60,7 +65,7 @@ def _ints(o): return [int(i) if i.lstrip('-').isdigit() else i for i in str(o).s
 def build_timm(dls, arch, attn, stages='1', blocks='last', **kwargs):
     "`ssa_learner` with a model of timm, from the words of a command line"
     words = _ints(blocks)
-    return ssa_learner(dls, arch, attn, _ints(stages), words[0] if isinstance(words[0], str) else words, **kwargs)
+    return ssa_learner(dls, arch, attn, _ints(stages), words[0] if len(words)==1 else words, **kwargs)
 
 def build_xresnet(dls, arch, attn, act, pool, stages='1', blocks='last', **kwargs):
     "`ssa_learner` from the words of a command line"
@@ -86,9 +91,8 @@ def build_positional(dls, arch, ndim, dim, depth, heads, token, encoding, span, 
 
 def build_nonlinear(dls, arch, loss_func, dim, window_size, **kwargs):
     "`nonlinear_learner` from the words of a command line"
-    w, = _ints(window_size)
-    if isinstance(w, str): w = dict(none=None, gaussian='gaussian')[check_name(w, ['none','gaussian'], 'window_size (or a number of cells)')]
-    return nonlinear_learner(dls, embed_size=dim, window_size=w, smooth=loss_func.eps, **kwargs)
+    words = [dict(none=None, gaussian='gaussian')[check_name(o, ['none','gaussian'], 'window_size (or a number of cells)')] if isinstance(o, str) else o for o in _ints(window_size)]
+    return nonlinear_learner(dls, embed_size=dim, window_size=words[0] if len(words)==1 else words, smooth=loss_func.eps, **kwargs)
 
 builders = {
     **{o: (build_xresnet, dict(attn=['none','ssa'], stages='1', blocks='last', act='Mish', pool='AvgPool'), {}, get_dls) for o in archs},
@@ -111,7 +115,12 @@ scheds = dict(flat_cos=Learner.fit_flat_cos, one_cycle=Learner.fit_one_cycle, fl
 
 # %% ../../nbs/recipes/01_options.ipynb #1ea9554f
 def _values(o): return list(o) if isinstance(o, (list,tuple)) else [o]
-def _as(default, o): return o if o is None else type(_values(default)[0])(o)
+def _as(k, default, o):
+    "The value `o` of option `k`, in the type of its default"
+    t = type(_values(default)[0])
+    if o is None: return
+    if t is bool and not isinstance(o, bool) or t is int and isinstance(o, float) and not o.is_integer(): raise ValueError(f"{k} must be {'True or False' if t is bool else 'a whole number'}, got {o!r}")
+    return t(o)
 
 def _defaults(data, arch, opt=None):
     "All options of a run of `data` with `arch` and `opt`, with their defaults"
@@ -136,7 +145,7 @@ def variants(
         defaults = _defaults(ifnone(data, 'digits'), a, o)
         given = {k:v for k,v in options.items() if v is not None}
         for k in given: check_name(k, defaults, f"option for {a} with {defaults['opt']}")
-        sweep = {k: [_as(defaults[k], o) for o in _values(v)] for k,v in merge(defaults, given).items()}
+        sweep = {k: [_as(k, defaults[k], o) for o in _values(v)] for k,v in merge(defaults, given).items()}
         for vs in product(*sweep.values()):
             config = dict(zip(sweep, vs))
             for (k,v),names in _void.items():
@@ -154,13 +163,12 @@ def variant_name(
     chosen = {k:v for k,v in config.items() if isinstance(base[k], list)}
     words = [config['arch'], *chosen.values()]
     words += [f'{k}{v}' for k,v in config.items() if k not in (*chosen,'data','size','epochs') and v is not None and v!=base[k]]
-    words.append(hashlib.sha1(json.dumps(config, sort_keys=True).encode()).hexdigest()[:6])
-    return '-'.join(words)
+    return '-'.join(words)[:200]+'-'+hashlib.sha1(json.dumps(config, sort_keys=True).encode()).hexdigest()[:6] # file systems take 255
 
 def run_path(
     out, # Folder of all runs
     config:dict, # One configuration, from `variants`
-    seed:int
+    seed:int # Of weights and of the order of data
 )->Path:
     "Where the file of a run stands"
     return Path(out)/f"{Path(config['data']).name}-{config['size']}-{config['epochs']}"/variant_name(config)/f'seed{seed}.json'
@@ -194,13 +202,13 @@ presets = {
     'thesis-2d': Preset([dict(_thesis, ndim=2, **o) for o in (dict(span='none'), dict(threshold=[0.,0.1]))], 5, _thesis_page, 'SIREN 79.9%, span 80.3%, window 81.0%', _thesis_differs),
     'projection-8': Preset([dict(_projection, size_projection=8, p=0.25)], 1, _projection_page, '95%', _projection_differs),
     'projection-4': Preset([dict(_projection, size_projection=4, p=0.75)], 1, _projection_page, '53%', _projection_differs),
-    'dropconnect': Preset([dict(data='mnist', size=28, arch='dropconnect', drop=['none','dropout','dropconnect'], hidden='800,800', inference='mean', epochs=50)], 5, 'Wan et al. 2013, section 6.1: two layers of 800', '(not quoted: the table was not at hand)', 'lengths and rates of the schedule')}
+    'dropconnect': Preset([dict(data='mnist', size=28, arch='dropconnect', drop=['none','dropout','dropconnect'], hidden='800,800', inference='mean', epochs=50)], 5, 'Wan et al. 2013, section 6.1: two layers of 800', 'no figure quoted', 'lengths and rates of the schedule')}
 
 def presets_table()->str:
     "A line for each preset: its name, data, published figure, source, and what differs here"
     def line(k, p):
         o = p.options[0]
-        return f"{k:15} {o['data']}, {o['size']} px, {'/'.join(str(v['epochs']) for v in p.options[:2 if k.count('-')>1 else 1])} epochs, {p.runs} run{'s'*(p.runs>1)}: {p.published}\n{'':15} {p.source}; {p.differs}"
+        return f"{k:15} {o['data']}, {o['size']} px, {'/'.join(dict.fromkeys(str(v['epochs']) for v in p.options))} epochs, {p.runs} run{'s'*(p.runs>1)}: {p.published}\n{'':15} {p.source}; {p.differs}"
     return '\n'.join(line(k, p) for k,p in presets.items())
 
 # %% ../../nbs/recipes/01_options.ipynb #3e412485
@@ -210,7 +218,7 @@ def board_options(
     board:str, # Size and epochs, such as '128/5'
     given:dict # What else is asked for
 )->dict: # Options of `variants`
-    "Options for a row of the leaderboards. A `ValueError` for a row that is none, another data set, and sizes and epochs of one's own"
+    "Options for a row of the leaderboards. A `ValueError` for an unknown row, another data set, and sizes and epochs of one's own"
     check_name(board, boards, 'board')
     if (data := given.get('data', 'imagenette')) not in ('imagenette','imagewoof'): raise ValueError(f"boards are for imagenette and imagewoof, got {data!r}")
     if own := [k for k in ('size','epochs') if k in given]: raise ValueError(f"a board sets {' and '.join(own)}; leave {'them' if own[1:] else 'it'} out")

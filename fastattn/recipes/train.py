@@ -7,7 +7,7 @@ __all__ = ['RunFile', 'build_learner', 'read_run', 'train_run', 'SweepProgress',
 
 # %% ../../nbs/recipes/02_train.ipynb #13e5c3db
 import fastai,fastattn,gc,importlib,json,math,os,platform,shutil,subprocess,sys,time,timm,torch
-from contextlib import nullcontext,suppress
+from contextlib import suppress
 from datetime import datetime,timezone
 from filelock import FileLock,Timeout
 from functools import lru_cache,partial
@@ -23,7 +23,7 @@ from .. import __version__
 from ..callback import Autocast,Checkpoint,ProgressiveResize,everyones
 from ..core import check_name,write_atomic
 from .data import get_tokens
-from .leaderboard import board_rows,format_rows,group_runs,plot_curves
+from .leaderboard import board_rows,format_rows,group_runs,plot_curves,read_runs
 from .options import _extras,board_options,board_row,builder_of,opt_funcs,presets,presets_table,run_path,scheds,variant_name,variants
 
 # %% ../../nbs/recipes/02_train.ipynb #fc013f15
@@ -36,12 +36,15 @@ def _peak_mb():
     "Peak memory since `_reset_peak`: of tensors on the GPU, else of the whole process (None where that cannot be told)"
     if torch.cuda.is_available(): return round(torch.cuda.max_memory_allocated()/2**20)
     if sys.platform!='linux': return None
-    return int(next(o for o in open('/proc/self/status') if o.startswith('VmHWM')).split()[1])//1024
+    return next((int(o.split()[1])//1024 for o in Path('/proc/self/status').read_text().splitlines() if o.startswith('VmHWM')), None)
 
 class RunFile(Callback):
     "Keep `record` in the JSON file `path`: state, and a row for each epoch. Of several processes the first one writes"
     order = 60 # after the Recorder
-    def __init__(self, path, record): self.file,self.record = Path(path),record
+    def __init__(self,
+        path, # The file
+        record:dict # What it holds of the run as a whole
+    ): self.file,self.record = Path(path),record
     def write(self, **kwargs):
         self.record.update(kwargs)
         if not rank_distrib(): write_atomic(self.file, json.dumps(self.record, indent=1)+'\n')
@@ -69,7 +72,7 @@ class RunFile(Callback):
 # %% ../../nbs/recipes/02_train.ipynb #9555ae26
 def build_learner(
     config:dict, # One configuration, from `variants`
-    seed:int=0,
+    seed:int=0, # Of weights and of the order of data
     workers:int=None # Processes that load data; None leaves it to the data set
 ):
     "The `Learner` of `config`, with the random state as it is when training starts"
@@ -103,7 +106,7 @@ def _commit():
 def read_run(
     path, # A run's file
     config:dict, # What it must be a run of
-    seed:int
+    seed:int # And of which seed
 )->dict|None: # None if there is no file
     "What the file of a run holds. A file that cannot be read is moved to a name with `.unreadable`, one of another run is a `ValueError`"
     path = Path(path)
@@ -156,7 +159,7 @@ def _fit(learn, config, cbs):
 
 def train_run(
     config:dict, # One configuration, from `variants`
-    seed:int,
+    seed:int, # Of weights and of the order of data
     path, # The run's file
     workers:int=None, # Processes that load data; None leaves it to the data set
     resume:bool=True, # Go on from a checkpoint, if there is one
@@ -198,7 +201,10 @@ def _train(config, seed, path, workers, resume, track, mbar):
 # %% ../../nbs/recipes/02_train.ipynb #b47a8e37
 class SweepProgress(ProgressCallback):
     "fastai's progress bar of an epoch, below a `master_bar` for many runs"
-    def __init__(self, mbar, what): self.sweep,self.what = mbar,what
+    def __init__(self,
+        mbar, # The `master_bar`; None or without a terminal: nothing is shown above
+        what:str # Name of the run
+    ): self.sweep,self.what = mbar,what
     def before_fit(self): pass
     def before_epoch(self): pass
     def _launch_pbar(self):
@@ -222,7 +228,7 @@ def _tracking_module(track):
 def _trackers(track, learn, path, record):
     module = _tracking_module(track)
     if track is None or rank_distrib(): return []
-    if track=='csv': return [CSVLogger(path.absolute().with_suffix('.csv'), append=path.with_suffix('.ckpt').exists())]
+    if track=='csv': return [CSVLogger(path.absolute().with_suffix('.csv'), append=(path.with_suffix('.ckpt')/'state.pt').exists())]
     if track=='tensorboard': return [module.TensorBoardCallback(path.with_suffix('.tb'), trace_model=False, log_preds=False)]
     import wandb
     learn.gather_args = dict # fastai's own fails on numbers under fastcore 2, and what it would log is in the configuration
@@ -235,10 +241,12 @@ def _several(t): return Annotated[t, {'nargs':'+'}]
 
 def _check_numbers(configs):
     for c,(k,low) in product(configs, dict(size=1, epochs=1, bs=2, wd=0, mixup=0, smooth=0).items()):
-        if c[k]<low: raise ValueError(f"{k} must be at least {low}, got {c[k]}")
+        if not c[k]>=low: raise ValueError(f"{k} must be at least {low}, got {c[k]}")
     for c in configs:
         check_name(c['sched'], scheds, 'schedule')
-        if c['lr']<=0: raise ValueError(f"lr must be positive, got {c['lr']}")
+        if not 0<c['lr']<math.inf: raise ValueError(f"lr must be positive, got {c['lr']}")
+        for k in ('smooth','mom','sqr_mom'):
+            if k in c and not 0<=c[k]<1: raise ValueError(f"{k} must be from 0 to less than 1, got {c[k]}")
 
 def _check_out(out):
     try:
@@ -280,12 +288,11 @@ def _sweep(todo, out, workers, resume, track):
     return res
 
 def _report(runs, others, out, board):
-    for folder in dict.fromkeys(run_path(out, o['config'], 0).parents[1] for o in runs):
-        for g,vs in group_runs([o for o in runs if run_path(out, o['config'], 0).parents[1]==folder]).items():
-            rows = board_rows(vs)
-            print(f"\n{format_rows(rows, columns=['variant','runs','accuracy','sd','seconds','parameters']+['difference','95% of it','paired p']*(max(r['runs'] for r in rows)>1))}")
-            plot_curves(vs, folder/'curves.png')
-            for v,os in vs.items() if board else (): print('', board_row(os), sep='\n')
+    for g,vs in group_runs(runs).items():
+        rows,folder = board_rows(vs),Path(out)/g
+        print(f"\n{format_rows(rows, columns=['variant','runs','accuracy','sd','seconds','parameters']+['difference','95% of it','paired p']*(max(r['runs'] for r in rows)>1))}")
+        plot_curves(group_runs(read_runs(folder))[g] if any(o['state']=='done' for os in vs.values() for o in os) else vs, folder/'curves.png') # of all that is there
+        for v,os in vs.items() if board else (): print('', board_row(os), sep='\n')
         print(f"runs and curves: {folder}")
     if others: print(f"trained by other processes: {', '.join(f'{variant_name(c)}, seed {s}' for s,c in others)}")
 
@@ -297,7 +304,8 @@ def _configs(data, arch, opt, preset, board, given):
     if board: return variants(**board_options(board, kw)),5
     if not preset: return variants(**kw),1
     p = presets[check_name(preset, presets, 'preset')]
-    return [c for o in p.options for c in variants(**merge(o, kw))],p.runs
+    def own(o): return {k: v for k,v in o.items() if kw.get('opt', o.get('opt'))==o.get('opt') or k not in opt_funcs[o['opt']][1]} # another optimiser has its own options
+    return [c for o in p.options for c in variants(**merge(own(o), kw))],p.runs
 
 @call_parse(pos=['data'])
 def train(
@@ -318,7 +326,7 @@ def train(
     depth:_several(int)=None, # For positional and nonlinear: blocks (default: 6, 2)
     heads:_several(int)=None, # For positional and nonlinear: heads (default: 8, 4)
     token:_several(str)=None, # For positional: last, mean, max (default: last)
-    encoding:_several(str)=None, # For positional: siren, sinusoid, none (default: siren)
+    encoding:_several(str)=None, # For positional: siren, sinusoid, rotary, none (default: siren)
     span:_several(str)=None, # For positional: gaussian, none (default: gaussian)
     sigma:_several(float)=None, # For positional: where the span starts (default: 0.3)
     threshold:_several(float)=None, # For positional: where the window ends, 0 for no end (default: 0.1)
@@ -342,7 +350,7 @@ def train(
     beta:_several(float)=None, # Its softplus beta, for ranger
     mixup:_several(float)=None, # Strength of mixup (default: 0, none)
     smooth:_several(float)=None, # Label smoothing (default: 0.1; all others 0)
-    aug:_several(str)=None, # Of photos: crop (random crops, flipped) or flip (the whole, flipped) (default: crop)
+    aug:_several(str)=None, # Of photos: crop (random crops, flipped) or flip (the largest square, flipped) (default: crop)
     presize:bool=False, # Imagenette and Imagewoof: from photos shrunk once, on disk, to twice the size
     progressive:_several(float)=None, # Training images start at this share of their size, and grow (default: 1)
     fp16:bool=False, # Mixed precision, float16: for GPUs (most CPUs only emulate it, very slowly)
