@@ -47,7 +47,7 @@ def _masks(n_rows, n_in, n_out, p, seed, device):
             yield slice(o, o+shape[0]),slice(r, r+shape[1]),mask.flatten()[:shape[0]*shape[1]*n_in].view(shape)
 
 # %% ../../nbs/layers/02_dropconnect.ipynb #c0cd323b
-@torch.library.custom_op('fastattn::masked_product', mutates_args=())
+@torch.library.custom_op(f"{__name__.split('.')[0]}::masked_product", mutates_args=()) # fastattn::masked_product; in a notebook another, for one that is defined twice is not safe to call
 def _masked_product(
     x:Optional[Tensor], # (R, I)
     weight:Optional[Tensor], # (O, I)
