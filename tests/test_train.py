@@ -175,6 +175,9 @@ def test_preset(tmp_path, capsys):
     assert len(runs)==1 and runs[0]['config']['size_projection']==4 and runs[0]['config']['p']==0.75
     sgd, *_ = mod._configs('digits', None, 'sgd', 'sdoria-5', None, {})[0]
     assert (sgd['opt'],sgd['mom'],sgd['lr'])==('sgd',0.9,3e-3) and 'sqr_mom' not in sgd
+    adam, *_ = mod._configs(None, None, ['adam'], 'sdoria-5', None, {})[0] # as a command line has it
+    assert adam['eps']==1e-6==mod._configs(None, None, None, 'sdoria-5', None, {})[0][0]['eps']
+    assert mod._configs(None, None, ['sgd'], 'projection-8', None, {})[0][0]['opt']=='sgd' # a preset that names no optimiser
 
 def test_boards():
     runs = [dict(state='done', variant='v', seed=s, accuracy=0.87+s/1000, config=dict(size=128, epochs=5), commit='abc', versions=dict(fastattn='0'), archive='imagenette2-160') for s in range(5)]

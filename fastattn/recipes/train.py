@@ -304,7 +304,10 @@ def _configs(data, arch, opt, preset, board, given):
     if board: return variants(**board_options(board, kw)),5
     if not preset: return variants(**kw),1
     p = presets[check_name(preset, presets, 'preset')]
-    def own(o): return {k: v for k,v in o.items() if kw.get('opt', o.get('opt'))==o.get('opt') or k not in opt_funcs[o['opt']][1]} # another optimiser has its own options
+    def own(o):
+        "Without the options of its optimiser, if another is asked for"
+        theirs = opt_funcs[o['opt']][1] if 'opt' in o and o['opt'] not in kw.get('opt', o['opt']) else ()
+        return {k: v for k,v in o.items() if k not in theirs}
     return [c for o in p.options for c in variants(**merge(own(o), kw))],p.runs
 
 @call_parse(pos=['data'])
