@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['NoWeightDecay', 'Autocast', 'DropConnectSchedule', 'SpanRecorder', 'SpanPenalty', 'MaskTokens', 'masked_accuracy',
-           'ProgressiveResize', 'everyones', 'Checkpoint']
+           'ProgressiveResize', 'is_first', 'everyones', 'CheckpointError', 'Checkpoint']
 
 # %% ../nbs/01_callback.ipynb #280d21e6
-import io,math,torch
+import io,math,time,torch
 import numpy as np
 from functools import partial
 from pathlib import Path
@@ -161,7 +161,13 @@ def _plain(o):
     if isinstance(o, str): return str(o) # torch's version is a class of its own
     return o if not hasattr(o, '__iter__') else [_plain(v) for v in o]
 
-def _loaders(dls): return [getattr(o, 'dl', o) for o in dls] # those inside, where several processes share them
+def _loaders(dls):
+    "Those with an order of their own: the ones inside, where several processes share them; PyTorch's have none"
+    return [o for o in (getattr(o, 'dl', o) for o in dls.loaders) if hasattr(o, 'rng')]
+
+def is_first():
+    "Is this the process that writes files and talks, of those that train together?"
+    return not rank_distrib()
 
 def everyones(o): # For each process that trains, its `o`
     "What `o` is in each of the processes that train together"
@@ -169,56 +175,69 @@ def everyones(o): # For each process that trains, its `o`
     torch.distributed.all_gather_object(res := [None]*num_distrib(), o)
     return res
 
+class CheckpointError(ValueError):
+    "A checkpoint that cannot be gone on from"
+
 class Checkpoint(Callback):
-    """Keep what an exact resume needs in the file `path` after each epoch but the last, and go on from there if it is there. Other callbacks take part if they have `state_dict` and `load_state_dict`.
-    A `ValueError` for a file that cannot be read, or that another `key` or number of epochs has written"""
+    """Keep what an exact resume needs in the file `path` after each epoch but the last, and go on from there if the file is there. Other callbacks take part if they have `state_dict` and `load_state_dict`.
+    Raises `CheckpointError` (a `ValueError`) for a file that cannot be read, or that was written with another `key` or number of epochs"""
     order = 65 # after the callbacks that keep something of each epoch
     _recorded = ('values','losses','lrs','iters')
     def __init__(self,
         path, # The file
-        key:dict=None # What must be the same for a resume to be exact, such as options and versions; plain values
-    ): self.file,self.key = Path(path),key or {}
+        key:dict=None, # What must be the same for a resume to be exact, such as options and versions; plain values
+        every:float=0., # Least number of seconds between two writes
+        fits:int=1 # Calls of `fit` that the training consists of: the file goes when the last has ended. None: it stays
+    ): self.file,self.key,self.every,self.fits,self.fit_no,self.state,self.wrote = Path(path),key or {},every,fits,-1,None,time.time()
     def _state(self):
         rec,opt = self.recorder,self.opt.state_dict()
-        res = dict(key=self.key, n_epoch=self.n_epoch, epoch=self.epoch, train_iter=self.train_iter, model=get_model(self.model).state_dict(), opt=opt,
+        loaders = [o.rng.getstate() for o in _loaders(self.dls)]
+        res = dict(key=self.key, fit=self.fit_no, n_epoch=self.n_epoch, epoch=self.epoch, train_iter=self.train_iter, model=get_model(self.model).state_dict(), opt=opt,
             recorder={k: getattr(rec, k) for k in self._recorded}, smooth=dict(count=rec.smooth_loss.count, val=rec.smooth_loss.val),
-            cbs={cb.name: cb.state_dict() for cb in self.learn.cbs if hasattr(cb, 'state_dict')}, random=everyones(dict(get_random_states(), loaders=[o.rng.getstate() for o in _loaders(self.dls)])))
+            cbs={cb.name: cb.state_dict() for cb in self.learn.cbs if hasattr(cb, 'state_dict')}, random=everyones(dict(get_random_states(), loaders=loaders)))
         if getattr(self.learn, 'scaler', None): res['scaler'] = self.learn.scaler.state_dict()
         return _plain(res)
     def _load(self):
         try: state = torch.load(self.file, map_location='cpu', weights_only=True)
-        except Exception as e: raise ValueError(f"{self.file} is not a checkpoint that can be read ({type(e).__name__}: {e}); without it the run starts anew") from e
-        was,now = ({**o['key'], 'n_epoch': o['n_epoch']} for o in (state, dict(key=_plain(self.key), n_epoch=self.n_epoch)))
-        if diff := [f'{k} {was.get(k)!r}, now {now.get(k)!r}' for k in {**was,**now} if was.get(k)!=now.get(k)]:
-            raise ValueError(f"{self.file} was written by another run, with {'; '.join(diff)}; without it the run starts anew")
+        except Exception as e: raise CheckpointError(f"{self.file} is not a checkpoint that can be read ({type(e).__name__}: {e}); without it the run starts anew") from e
+        self._check(state['key'], _plain(self.key))
         return state
+    def _check(self, was, now):
+        if diff := [f'{k} {was.get(k)!r}, now {now.get(k)!r}' for k in {**was,**now} if was.get(k)!=now.get(k)]:
+            raise CheckpointError(f"{self.file} was written by another run, with {'; '.join(diff)}; without it the run starts anew")
     def before_fit(self):
-        self.start = 0
-        if not self.file.exists(): return
-        self.state = self._load()
-        self.start = self.state['epoch']+1
-        self.logger_then,self.learn.logger = self.learn.logger,noop # no rows for what is skipped
-    def before_epoch(self):
-        if self.epoch<self.start: raise CancelEpochException
-        if self.start and self.epoch==self.start: self._restore(self.state)
+        if self.fit_no<0 and self.file.exists(): self.state,self.logger_then,self.learn.logger = self._load(),self.learn.logger,noop # no rows for what is skipped
+    def before_train(self): # not called by `validate` and `get_preds`, as `before_fit` and `before_epoch` are
+        if self.epoch==0: self.fit_no += 1
+        self.trained = self.state is None
+        if self.trained: return
+        fit,epoch = self.state['fit'],self.state['epoch']
+        if self.fit_no==fit: self._check(dict(n_epoch=self.state['n_epoch']), dict(n_epoch=self.n_epoch))
+        if (self.fit_no,self.epoch)>(fit,epoch): self._restore(self.state)
+        else: raise CancelEpochException
     def _restore(self, state):
         device = next(self.model.parameters()).device
         get_model(self.model).load_state_dict(state['model'])
         self.opt.load_state_dict(to_device(state['opt'], device))
+        self.state,self.trained,self.learn.logger = None,True,self.logger_then
         for k in self._recorded: setattr(self.recorder, k, state['recorder'][k])
         self.recorder.smooth_loss.count,self.recorder.smooth_loss.val = state['smooth']['count'],to_device(state['smooth']['val'], device)
         for cb in self.learn.cbs:
             if cb.name in state['cbs']: cb.load_state_dict(state['cbs'][cb.name])
         if 'scaler' in state: self.learn.scaler.load_state_dict(state['scaler'])
-        self.learn.train_iter,self.learn.logger = state['train_iter'],self.logger_then
+        self.learn.train_iter = state['train_iter']
         mine = dict(state['random'][rank_distrib()])
         for o,s in zip(_loaders(self.dls), mine.pop('loaders')): o.rng.setstate(s)
         set_random_states(**mine)
     def after_epoch(self):
-        if self.epoch<self.start or self.epoch+1==self.n_epoch: return
+        if not getattr(self, 'trained', False): return
+        self.trained = False
+        if self.epoch+1==self.n_epoch or everyones(time.time()-self.wrote<self.every)[0]: return
         state = self._state() # every process has its part in it
-        if rank_distrib(): return
+        self.wrote = time.time()
+        if not is_first(): return
         torch.save(state, f := io.BytesIO())
         write_atomic(self.file, f.getvalue())
     def after_fit(self):
-        if self.epoch+1==self.n_epoch and len(self.recorder.values)==self.n_epoch and not rank_distrib(): self.file.unlink(missing_ok=True)
+        ended = self.fit_no+1==self.fits and self.epoch+1==self.n_epoch and len(self.recorder.values)==self.n_epoch
+        if ended and is_first(): self.file.unlink(missing_ok=True)

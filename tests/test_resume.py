@@ -4,12 +4,27 @@ from pathlib import Path
 import pytest,torch
 from fastai.basics import Callback
 from commands import command
+from functools import partial
+from fastattn.callback import CheckpointError
+from fastattn.recipes import run as run_mod,train as mod
 from fastattn.recipes.options import *
+from fastattn.recipes.run import *
 from fastattn.recipes.train import *
 
 env = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONWARNINGS': 'ignore', 'PYTHONUNBUFFERED': '1'}
-runner = 'import sys, json; from fastattn.recipes.train import train; train(**json.loads(sys.argv[1]))'
-train_command = command('train')
+often = 'import fastattn.recipes.run; fastattn.recipes.run.checkpoint_every = 0.; ' # checkpoints after each epoch
+runner = often+'import sys, json; from fastattn.recipes.train import train; train(**json.loads(sys.argv[1]))'
+train_command = often+command('train')
+
+@pytest.fixture(autouse=True)
+def checkpoints():
+    "After each epoch, for runs of seconds"
+    was,run_mod.checkpoint_every = run_mod.checkpoint_every,0.
+    yield
+    run_mod.checkpoint_every = was
+
+def train_run(config, seed, path, resume=True):
+    return Run(path, variant_name(config), seed, config, partial(build_learner, config, seed), partial(mod._fit, config)).train(resume)
 def start(code=runner, *args, **kwargs):
     return subprocess.Popen([sys.executable, '-c', code, *(args or [json.dumps(kwargs)])], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
@@ -40,7 +55,7 @@ def test_exact(tmp_path, name, monkeypatch):
     assert half['state']=='running' and numbers(half)==numbers(whole)[:2]
     torch.manual_seed(random.randrange(1000))
     parts = train_run(config, 1, tmp_path/'b'/'seed1.json')
-    assert parts['state']=='done' and numbers(parts)==numbers(whole) and parts['accuracy']==whole['accuracy']
+    assert parts['state']=='done' and numbers(parts)==numbers(whole) and parts['value']==whole['value'] and parts['examples']==whole['examples']
     assert sorted(f.name for f in (tmp_path/'b').iterdir())==['seed1.json']
 
 def test_checkpoint_of_another(tmp_path, monkeypatch):
@@ -51,12 +66,12 @@ def test_checkpoint_of_another(tmp_path, monkeypatch):
     monkeypatch.setattr(RunFile, 'before_batch', stop, raising=False)
     with pytest.raises(KeyboardInterrupt): train_run(config, 0, f)
     monkeypatch.undo()
-    monkeypatch.setattr('fastattn.recipes.train.__version__', '9.9')
-    with pytest.raises(ValueError, match="written by another run.*9.9"): train_run(config, 0, f)
+    monkeypatch.setattr('fastattn.recipes.run.__version__', '9.9')
+    with pytest.raises(CheckpointError, match="written by another run.*9.9"): train_run(config, 0, f)
     assert (tmp_path/'seed0.ckpt'/'state.pt').exists()
     monkeypatch.undo()
     (tmp_path/'seed0.ckpt'/'state.pt').write_bytes(b'half')
-    with pytest.raises(ValueError, match="not a checkpoint that can be read"): train_run(config, 0, f)
+    with pytest.raises(CheckpointError, match="not a checkpoint that can be read"): train_run(config, 0, f)
     assert train_run(config, 0, f, resume=False)['state']=='done'
 
 def test_kills(tmp_path):
@@ -116,7 +131,7 @@ def test_full_disk(tmp_path):
     def small(): resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY)) # smaller than a checkpoint
     args = 'digits --arch dropconnect --hidden 16,16 --drop dropconnect --size 8 --lr 0.1 --epochs 3 --out'.split()+[str(tmp_path)]
     p = subprocess.run([sys.executable, '-c', train_command, *args], env=env, preexec_fn=small, capture_output=True, text=True)
-    assert p.returncode==1 and 'File too large' in p.stderr and 'Traceback' not in p.stderr
+    assert p.returncode==1 and 'File too large' in p.stderr and 'state.pt' in p.stderr and 'Traceback' not in p.stderr
     record, = read(tmp_path).values()
     assert record['state']=='running' and len(record['epochs'])==1
     assert subprocess.run([sys.executable, '-c', train_command, *args], env=env).returncode==0
@@ -131,5 +146,5 @@ def test_two_processes(tmp_path):
     p = subprocess.run([sys.executable, '-m', 'accelerate.commands.launch', '--multi_gpu', '--num_processes', '2', '--num_machines', '1', '--mixed_precision', 'no', '--dynamo_backend', 'no', script, *args], env=env, capture_output=True, text=True)
     assert p.returncode==0, p.stderr[-3000:]
     record, = read(tmp_path/'runs').values()
-    assert record['state']=='done' and record['processes']==2 and record['accuracy']>0.9 and len(record['epochs'])==3
-    assert p.stdout.count('runs and curves')==1
+    assert record['state']=='done' and record['processes']==2 and record['value']>0.9 and len(record['epochs'])==3
+    assert p.stdout.count('Runs: ')==1

@@ -1,0 +1,1 @@
+def f(dls, depth=3): pass
