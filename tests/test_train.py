@@ -16,6 +16,8 @@ def quick(tmp_path, **kwargs):
     "Records of the runs, in the order of variants and seeds"
     res = train('digits', **{**dict(size=8, epochs=1, out=str(tmp_path/'runs')), **kwargs})
     return res.runs if isinstance(res, Answer) else res
+tiny = dict(arch='dropconnect', drop='none', hidden='8') # for what is not about the model
+
 def steps(config, n=3):
     "Losses of the first steps, and the batches' labels"
     learn,losses,ys = build_learner(config, 1, 0),[],[]
@@ -72,16 +74,16 @@ def test_run_files(tmp_path):
     assert not [f for f in (tmp_path/'runs').rglob('*') if f.suffix not in ('.json','.png') and f.is_file() and f.name not in ('protocol','.protocol.lock')]
 
 def test_done_is_done(tmp_path, monkeypatch):
-    a = quick(tmp_path, attn='none')
+    a = quick(tmp_path, **tiny)
     monkeypatch.setattr(mod, 'LabelSmoothingCrossEntropy', None) # would fail if it were to train
     monkeypatch.setattr(mod, 'build_learner', lambda *args: None)
-    assert quick(tmp_path, attn='none')==a
+    assert quick(tmp_path, **tiny)==a
 
 def test_unfinished_is_run_again(tmp_path):
-    a, = quick(tmp_path, attn='none')
+    a, = quick(tmp_path, **tiny)
     f = run_path(tmp_path/'runs', a['config'], 0)
     f.write_text(json.dumps({**a, 'state': 'running', 'value': 0}))
-    b, = quick(tmp_path, attn='none')
+    b, = quick(tmp_path, **tiny)
     assert b['state']=='done' and b['value']==a['value'] and b['epochs'][0]['train_loss']==a['epochs'][0]['train_loss']
 
 def test_paired():
@@ -97,21 +99,21 @@ def test_same_seed_same_result(tmp_path):
     a,b = (quick(tmp_path/o, attn='ssa')[0] for o in 'ab')
     for k in ('train_loss','valid_loss','accuracy'): assert a['epochs'][0][k]==b['epochs'][0][k]
 
-@pytest.mark.parametrize('kwargs', [dict(precision='bf16'), dict(channels_last=True), dict(precision='bf16', channels_last=True), dict(mixup=0.4), dict(opt='sgd', lr=0.1),
+@pytest.mark.parametrize('kwargs', [dict(precision='bf16', **tiny), dict(channels_last=True), dict(mixup=0.4), dict(opt='sgd', lr=0.1),
     dict(opt='adam', eps=1e-4), dict(opt='rmsprop', lr=1e-3), dict(act='GELU', pool='MaxPool', size=32), dict(attn='eca', stages='2,3', blocks='0,-1'), dict(arch='xresnet18_deep', attn='ssa_sym', stages='6')])
 def test_options(tmp_path, kwargs):
-    run = quick(tmp_path, **{**dict(attn='ssa'), **kwargs})[0]
+    run = quick(tmp_path, **{**(dict(attn='ssa') if 'arch' not in kwargs or 'attn' in kwargs else {}), **kwargs})[0]
     assert run['state']=='done', run.get('error')
 
 @pytest.mark.filterwarnings('ignore')
 def test_nan(tmp_path, capsys):
     "A run that diverges is marked as failed, with its epoch; the sweep goes on"
-    bad,good = quick(tmp_path, attn='none', lr=[1e30,1e-3], opt='sgd', epochs=2)
+    bad,good = quick(tmp_path, **tiny, lr=[1e30,1e-3], epochs=2)
     assert bad['state']=='failed' and 'epoch 0' in bad['error']
     assert good['state']=='done'
     out = capsys.readouterr().out
     assert 'failed' in out and bad['file'] in out
-    again = quick(tmp_path, attn='none', lr=[1e30,1e-3], opt='sgd', epochs=2)
+    again = quick(tmp_path, **tiny, lr=[1e30,1e-3], epochs=2)
     assert [o['state'] for o in again]==['failed','done'] and f"delete {bad['file']} to try again" in capsys.readouterr().out
     json.loads(run_path(tmp_path/'runs', bad['config'], 0).read_text())
 
@@ -165,18 +167,18 @@ def test_progressive_and_pool(tmp_path):
     assert sum('BlurPool' in type(m).__name__ for m in learn.model.modules())==4 # the stem and three stages
 
 def test_compile(tmp_path):
-    run, = quick(tmp_path, attn='ssa', compile=True, precision='bf16', channels_last=True)
+    run, = quick(tmp_path, attn='ssa', compile=True, channels_last=True)
     assert run['state']=='done' and run['config']['compile']
 
 @pytest.mark.parametrize('track,pattern', [('csv','seed0.csv'), ('tensorboard','seed0.tb/events*')])
 def test_track(tmp_path, track, pattern):
     if track!='csv': pytest.importorskip(track)
-    run, = quick(tmp_path, attn='none', epochs=2, track=track)
+    run, = quick(tmp_path, **tiny, epochs=2, track=track)
     f, = (tmp_path/'runs').rglob('seed0.json')
     files = list(f.parent.glob(pattern))
     assert files and (track!='csv' or len(files[0].read_text().splitlines())==3)
     f.unlink() # and anew
-    quick(tmp_path, attn='none', epochs=2, track=track, resume=False)
+    quick(tmp_path, **tiny, epochs=2, track=track, resume=False)
     assert track!='csv' or len(files[0].read_text().splitlines())==3
 
 def test_preset(tmp_path, capsys):
@@ -197,13 +199,13 @@ def test_boards():
 
 def test_other_files(tmp_path):
     "A broken file of a run is kept under another name, one of another run is refused"
-    a, = quick(tmp_path, attn='none')
+    a, = quick(tmp_path, **tiny)
     f = run_path(tmp_path/'runs', a['config'], 0)
     f.write_text('{"state": "do')
-    b, = quick(tmp_path, attn='none')
+    b, = quick(tmp_path, **tiny)
     assert b['epochs'][0]['train_loss']==a['epochs'][0]['train_loss'] and f.with_name('seed0.json.unreadable').read_text()=='{"state": "do'
     f.write_text(json.dumps({**a, 'seed': 3}))
-    with pytest.raises(ValueError, match='is not the file of'): quick(tmp_path, attn='none')
+    with pytest.raises(ValueError, match='is not the file of'): quick(tmp_path, **tiny)
     assert json.loads(f.read_text())['seed']==3
 
 def cli(*args, cwd): return subprocess.run([sys.executable, '-W', 'ignore', '-c', command('train'), *args], cwd=cwd, capture_output=True, text=True)

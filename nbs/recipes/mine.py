@@ -1,1 +1,0 @@
-def f(dls, depth=3): pass
