@@ -2,7 +2,7 @@
 import itertools
 import pytest,torch
 from hypothesis import given,settings,strategies as st
-from fastattn.layers.local import _cheapest,local_attention
+from fastattn.layers.local import Window,_cheapest,local_attention
 
 few = settings(deadline=None, derandomize=True, max_examples=40)
 
@@ -108,8 +108,9 @@ def test_compile_export(block):
 
 def test_cheapest():
     "Blocks for narrow windows, the dense form for wide ones"
-    assert _cheapest((32,32), [-3]*2, [3]*2, 16, True) and not _cheapest((32,32), [-31]*2, [31]*2, 16, True)
-    assert _cheapest((1024,), [-8], [8], 16, True) and not _cheapest((8,), [-7], [7], 16, False)
+    def form(grid, reach, has_p): return _cheapest(Window(grid, reach), 16, has_p)[0]
+    assert form((32,32), (3,3), True)!='dense' and form((32,32), (31,31), True)=='dense'
+    assert form((1024,), (8,), True)!='dense' and form((8,), (7,), False)=='dense'
 
 @pytest.mark.parametrize('change,message', [(dict(k=(2,3,4,5,6)), 'q, k and v must be'), (dict(window=(1,)), 'window must be'), (dict(window=-1), 'window must be'), (dict(combine='times'), "combine must be"),
     (dict(p=(3,3,5,4)), 'p must be'), (dict(factor=(2,3,3)), 'factor must be'), (dict(q_pos=(2,3,4,4,4)), 'q_pos must be'),

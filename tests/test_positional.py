@@ -31,9 +31,12 @@ def oracle(m, x):
         if m.modulate=='positional': pos = pos*g
         logits = logits*pos if m.combine=='multiply' else logits+pos
     if m.modulate=='all': logits = logits*g
-    seen = (off.abs()<=torch.tensor(m.window(grid))).all(-1)
+    seen = torch.stack([(off.abs()<=torch.tensor(w)).all(-1) for w in m.windows(grid)]) # (heads or 1, N, N)
     if m.causal: seen = seen&torch.ones_like(seen).tril()
-    y = (logits/d**0.5).masked_fill(~seen, -torch.inf).softmax(-1)@v
+    logits = (logits/d**0.5).masked_fill(~seen, -torch.inf)
+    weights = (logits-logits.amax(-1, keepdim=True)).exp()
+    if m.modulate=='weights': weights = weights*g
+    y = weights/weights.sum(-1, keepdim=True)@v
     return m.proj(y.movedim(1, 2).flatten(-2)).unflatten(1, grid)
 
 def layer(ndim=2, dim=8, heads=2, sigma=0.3, **kwargs):
@@ -41,14 +44,23 @@ def layer(ndim=2, dim=8, heads=2, sigma=0.3, **kwargs):
     span = kwargs.pop('span', GaussianSpan(ndim, sigma))
     return PositionalSelfAttention(dim, heads, ndim, span=span, **kwargs).double()
 
+def spread_heads(ndim):
+    "A narrow head and a wide one"
+    span = GaussianSpan(ndim, 0.3, heads=2)
+    span.log_sigma.data += torch.tensor([[-1.5],[0.5]])
+    update_windows(span)
+    return span
+
 @few
 @given(st.data())
 def test_oracle(data):
     ndim = data.draw(st.integers(1, 3))
     grid = [data.draw(st.integers(1, (12,6,4)[ndim-1])) for _ in range(ndim)]
     encoding = data.draw(st.sampled_from(['siren',None]))
-    kw = dict(combine=data.draw(st.sampled_from(['add','multiply'])), modulate=data.draw(st.sampled_from(['all','positional']))) if encoding else {}
-    span = data.draw(st.sampled_from([None,0,2,GaussianSpan(ndim, 0.2),GaussianSpan(ndim, 0.5, heads=2),GaussianSpan(ndim, 0.3, threshold=0)]))
+    span = data.draw(st.sampled_from([None,0,2,GaussianSpan(ndim, 0.2),spread_heads(ndim),GaussianSpan(ndim, 0.3, threshold=0)]))
+    learned = isinstance(span, GaussianSpan)
+    kw = dict(combine=data.draw(st.sampled_from(['add','multiply']))) if encoding else {}
+    kw['modulate'] = data.draw(st.sampled_from(['weights','all','positional'][:1+learned+(learned and encoding is not None)]))
     m = layer(ndim, encoding=encoding, span=copy.deepcopy(span), causal=data.draw(st.booleans()), **kw)
     x = torch.randn(2, *grid, 8).double().requires_grad_()
     a,b = m(x),oracle(m, x)
@@ -73,6 +85,7 @@ def test_window_holds_the_span():
             s = GaussianSpan(2, sigma, 0.1, heads=2, full=full)
             s.log_sigma.data += torch.tensor([[0.,0.2],[-0.5,0.1]])
             if full: s.lean_sigma.data += torch.tensor([[3.],[-2.]])
+            update_windows(s)
             grid,w = (40,50),s.window((40,50))
             g,steps = s(window_steps((39,49)), grid),window_steps((39,49))
             outside = (steps.abs()>torch.tensor(w)).any(-1)
@@ -91,6 +104,7 @@ def test_full_is_diagonal_at_first():
 def test_extreme_spans(log_sigma, full):
     m = layer(span=GaussianSpan(2, full=full))
     m.span.log_sigma.data.fill_(log_sigma)
+    update_windows(m)
     y = m(torch.randn(1, 5, 6, 8).double())
     y.sum().backward()
     assert y.isfinite().all() and all(p.grad is None or p.grad.isfinite().all() for p in m.parameters())
@@ -124,7 +138,7 @@ def test_copies_compile_export(size):
     c = torch.compile(m, fullgraph=True, backend='aot_eager')
     torch.testing.assert_close(c(x), m(x))
     m.span.log_sigma.data += 0.7
-    m.span.radius() # as SpanRecorder does before each batch
+    update_windows(m) # as UpdateWindows does before each batch
     y = c(x)
     want = m(x)
     torch.testing.assert_close(y, want)
@@ -198,14 +212,14 @@ def test_nothing_decays():
 @pytest.mark.parametrize('f,message', [(lambda: PositionalSelfAttention(9, 2), 'heads must divide'), (lambda: PositionalSelfAttention(8, 0), 'heads must be at least 1'),
     (lambda: PositionalSelfAttention(8, 2, combine='plus'), 'unknown combine'), (lambda: PositionalSelfAttention(8, 2, modulate='none'), 'unknown modulate'),
     (lambda: PositionalSelfAttention(8, 2, encoding='sirene'), "Did you mean 'siren'"), (lambda: PositionalSelfAttention(8, 2, span='gauss'), "Did you mean 'gaussian'"),
-    (lambda: PositionalSelfAttention(8, 2, span=-1), 'at least 0 steps'), (lambda: PositionalSelfAttention(8, 2, span=GaussianSpan(1)), 'span must be of ndim=2'),
+    (lambda: PositionalSelfAttention(8, 2, span=-1), 'at least 0'), (lambda: PositionalSelfAttention(8, 2, span=GaussianSpan(1)), 'span must be of ndim=2'),
     (lambda: PositionalSelfAttention(8, 2, span=GaussianSpan(2, heads=3)), 'of 2 heads or 1'), (lambda: PositionalSelfAttention(8, 2, encoding=None, combine='multiply'), 'need an encoding'),
     (lambda: GaussianSpan(2, -1.), 'sigma must be positive'), (lambda: GaussianSpan(2, threshold=-0.1), 'threshold'), (lambda: GaussianSpan(0), 'ndim'), (lambda: SinusoidEncoding(3, 8, hidden=4), 'hidden'),
     (lambda: PositionalTransformer(3, 2, depth=0), 'depth must be at least 1'), (lambda: PositionalTransformer(3, 2, ndim=4, pool_after=[0]), '1 to 3 dimensions'),
     (lambda: PositionalTransformer(3, 2, attn=lambda i: None, span=3), 'attn builds'), (lambda: SpanPenalty(-1.), 'weight must be'), (lambda: positional_learner(data(8, 6)), r'takes \(channels'),
     (lambda: PositionalSelfAttention(8, 2)(torch.zeros(2, 8, 8)), 'got shape'), (lambda: PositionalSelfAttention(8, 2)(torch.zeros(2, 4, 4, 9)), 'got shape'),
     (lambda: PositionalSelfAttention(8, 2, span=0.3), 'whole number'), (lambda: PositionalSelfAttention(8, 2, span=(1.5,2)), 'whole number'), (lambda: PositionalSelfAttention(8, 2, span=(1,2,3)), 'each of the 2'),
-    (lambda: positional_learner(data(8, 1, 4, 4), loss_func=CrossEntropyLossFlat(), attn=lambda i: nn.Identity()), 'attn must build PositionalSelfAttention')])
+    (lambda: positional_learner(data(8, 1, 4, 4), loss_func=CrossEntropyLossFlat(), attn=lambda i: 3), 'attn must be a module')])
 def test_bad(f, message):
     with pytest.raises((ValueError,TypeError), match=message): f()
 
