@@ -331,38 +331,6 @@ def _in_plain_blocks(q, k, v, window, block):
     y = F.scaled_dot_product_attention(*(o.flatten(0, 1) for o in (q,k,v,mask)), scale=1.)
     return _join(y.unflatten(0, q.shape[:2]), window.grid, block)
 
-# %% ../../nbs/layers/03_local.ipynb #6a0c1103
-def _must_be_plain():
-    "Is the call exported, or transformed by torch.func or forward-mode differentiation? Then PyTorch must see its own operations only"
-    if torch.compiler.is_exporting() or torch.jit.is_tracing(): return True
-    if torch.compiler.is_compiling(): return False
-    # there is no public question for these
-    return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level>=0
-
-def _every_pair(q, k, v, window, positions):
-    "Local attention of all pairs of positions in plain operations"
-    every = [range(s) for s in window.grid]
-    def as_block(x): return x.flatten(2, -2).movedim(1, 0)[:,None] # (H, 1, B, N, D)
-    form = _Form(window.grid, window.grid, q.shape[-1], positions.multiply)
-    bias = _bias(window.earlier(q.device).flatten(), torch.promote_types(q.dtype, torch.float32)).expand(1, 1, prod(window.grid), -1)
-    tables = positions.tables(lambda o: o.flatten(1, len(every)))
-    tensors = as_block(_queries(q, positions)),as_block(torch.cat((k,v), -1)),tables.vectors,tables.factor,tables.log_weight,bias
-    y = _in_plain_operations(tensors, form, _places(every, every, window.low, window.sizes, q.device))
-    return y[:,0].movedim(0, 1).unflatten(2, window.grid)
-
-def _blocks_by_index(x, block, low=None, high=None):
-    "As `_blocks`, but with the nearest of the grid's in place of zeros outside of it"
-    d = len(block)
-    low,high = low or [0]*d,high or [0]*d
-    counts = [-(-s//b) for s,b in zip(x.shape[2:-1], block)]
-    halo = [b-l+h for b,l,h in zip(block, low, high)]
-    for i,(b,l,n,h) in enumerate(zip(block, low, counts, halo)):
-        at = b*torch.arange(n, device=x.device)[:,None]+torch.arange(h, device=x.device)+l # (n, h)
-        x = x.index_select(2+i, at.clamp(0, x.shape[2+i]-1).flatten())
-    for i in reversed(range(d)): x = x.unflatten(2+i, (counts[i],halo[i])) # (B, H, n1, h1, n2, h2, .., D)
-    x = x.permute(1, *range(2, 2+2*d, 2), 0, *range(3, 3+2*d, 2), 2+2*d) # (H, *n, B, *h, D)
-    return x.flatten(2+d, 1+2*d).flatten(1, d)
-
 # %% ../../nbs/layers/03_local.ipynb #1f47019c
 def _skew(x, block, grid):
     """A view of a new tensor `x` (..., a, offsets from 1-b to s-1 in each dimension): for each query the offsets of the keys, (..., a, N)"""
@@ -419,6 +387,38 @@ def _at_once(q, k, v, window):
         bias = _bias(inside & window.earlier(q.device).flatten()[places], q.dtype)
     y = F.scaled_dot_product_attention(*(o.flatten(2, -2) for o in (q,k,v)), bias, scale=1.)
     return y.unflatten(2, window.grid)
+
+# %% ../../nbs/layers/03_local.ipynb #6a0c1103
+def _must_be_plain():
+    "Is the call exported, or transformed by torch.func or forward-mode differentiation? Then PyTorch must see its own operations only"
+    if torch.compiler.is_exporting() or torch.jit.is_tracing(): return True
+    if torch.compiler.is_compiling(): return False
+    # there is no public question for these
+    return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level>=0
+
+def _every_pair(q, k, v, window, positions):
+    "Local attention of all pairs of positions in plain operations"
+    every = [range(s) for s in window.grid]
+    def as_block(x): return x.flatten(2, -2).movedim(1, 0)[:,None] # (H, 1, B, N, D)
+    form = _Form(window.grid, window.grid, q.shape[-1], positions.multiply)
+    bias = _bias(window.earlier(q.device).flatten(), torch.promote_types(q.dtype, torch.float32)).expand(1, 1, prod(window.grid), -1)
+    tables = positions.tables(lambda o: o.flatten(1, len(every)))
+    tensors = as_block(_queries(q, positions)),as_block(torch.cat((k,v), -1)),tables.vectors,tables.factor,tables.log_weight,bias
+    y = _in_plain_operations(tensors, form, _places(every, every, window.low, window.sizes, q.device))
+    return y[:,0].movedim(0, 1).unflatten(2, window.grid)
+
+def _blocks_by_index(x, block, low=None, high=None):
+    "As `_blocks`, but with the nearest of the grid's in place of zeros outside of it"
+    d = len(block)
+    low,high = low or [0]*d,high or [0]*d
+    counts = [-(-s//b) for s,b in zip(x.shape[2:-1], block)]
+    halo = [b-l+h for b,l,h in zip(block, low, high)]
+    for i,(b,l,n,h) in enumerate(zip(block, low, counts, halo)):
+        at = b*torch.arange(n, device=x.device)[:,None]+torch.arange(h, device=x.device)+l # (n, h)
+        x = x.index_select(2+i, at.clamp(0, x.shape[2+i]-1).flatten())
+    for i in reversed(range(d)): x = x.unflatten(2+i, (counts[i],halo[i])) # (B, H, n1, h1, n2, h2, .., D)
+    x = x.permute(1, *range(2, 2+2*d, 2), 0, *range(3, 3+2*d, 2), 2+2*d) # (H, *n, B, *h, D)
+    return x.flatten(2+d, 1+2*d).flatten(1, d)
 
 # %% ../../nbs/layers/03_local.ipynb #3ee5c813
 def _cost(window, block, d, has_p, plain):
