@@ -248,7 +248,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'fastattn.layers.local._on_whole_grid': ( 'layers/local.html#_on_whole_grid',
                                                                                  'fastattn/layers/local.py'),
                                        'fastattn.layers.local._overlap': ('layers/local.html#_overlap', 'fastattn/layers/local.py'),
-                                       'fastattn.layers.local._partitions': ('layers/local.html#_partitions', 'fastattn/layers/local.py'),
                                        'fastattn.layers.local._places': ('layers/local.html#_places', 'fastattn/layers/local.py'),
                                        'fastattn.layers.local._prepare': ('layers/local.html#_prepare', 'fastattn/layers/local.py'),
                                        'fastattn.layers.local._queries': ('layers/local.html#_queries', 'fastattn/layers/local.py'),

@@ -10,9 +10,8 @@ import torch
 import torch.nn.functional as F
 from contextlib import nullcontext
 from functools import lru_cache
-from itertools import combinations,groupby
 from math import prod
-from operator import index
+from operator import index,itemgetter
 from torch.utils.checkpoint import checkpoint
 from typing import NamedTuple
 from ..core import check_name,per_dim
@@ -439,23 +438,18 @@ def _cheapest(window, d, has_p, plain=False):
 # %% ../../nbs/layers/03_local.ipynb #6a0c1104
 _call = 2e6 # the cost of one more call
 
-def _partitions(n, most):
-    "The ways to cut `n` things in a row into up to `most` parts: the ends of the parts"
-    for parts in range(min(n, most)):
-        for cuts in combinations(range(1, n), parts): yield [0,*cuts,n]
-
 def _widest(windows): return tuple(map(max, zip(*windows)))
 
-def _groups(windows, cost, most=3):
-    "Heads that are computed together, as lists of their numbers: the cheapest way; `cost` of a window, for one head"
+def _groups(windows, cost):
+    "Heads that are computed together, as lists of their numbers: the cheapest way to cut them, from narrow to wide; `cost` of a window, for one head"
     order = sorted(range(len(windows)), key=lambda h: (prod(2*w+1 for w in windows[h]),windows[h]))
-    kinds = [list(heads) for _,heads in groupby(order, key=lambda h: windows[h])]
-    costs = lru_cache(None)(cost)
-    def total(ends):
-        parts = [sum(kinds[i:j], []) for i,j in zip(ends, ends[1:])]
-        return sum(_call+len(o)*costs(_widest([windows[h] for h in o])) for o in parts)
-    ends = min(_partitions(len(kinds), most), key=total)
-    return [sum(kinds[i:j], []) for i,j in zip(ends, ends[1:])]
+    best = [(0,[])] # of the first 0, 1, 2 .. heads: cost and groups
+    for j in range(1, len(order)+1):
+        def ending(i): # the last group begins at i
+            near = _widest([windows[h] for h in order[i:j]])
+            return best[i][0]+_call+(j-i)*cost(near),best[i][1]+[order[i:j]]
+        best.append(min(map(ending, range(j)), key=itemgetter(0)))
+    return best[-1][1]
 
 def _mask_heads(positions, windows, window, device):
     "The same positions, over `window`, with no weight for each head beyond its own one"
@@ -481,6 +475,7 @@ def _by_heads(q, k, v, positions, windows, window, block):
     "Local attention of groups of heads, each with a window as wide as its heads need; `window` is the widest, that of the tables"
     if len(set(windows))==1: return _attend(q, k, v, positions, window, block)
     batch = 16 if torch.compiler.is_compiling() else len(q) # no graph for each batch size
+    @lru_cache
     def cost(near):
         part = Window(window.grid, near, window.causal)
         return batch*_cheapest(part, q.shape[-1]+v.shape[-1], positions.vectors is not None)[1]
