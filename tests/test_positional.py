@@ -246,6 +246,11 @@ def test_window_is_state():
     m.load_state_dict(old)
     assert m.windows((20,20))==after
 
+def test_diverged():
+    span = GaussianSpan(2)
+    span.log_sigma.data.fill_(math.nan)
+    with pytest.raises(ValueError, match='diverged'): update_windows(span)
+
 def test_update_windows_once():
     "Training refreshes windows, validation leaves them alone, the recorder too"
     class Watch(Callback):

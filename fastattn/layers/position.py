@@ -247,10 +247,12 @@ class GaussianSpan(nn.Module):
 def update_windows(
     model:nn.Module # Whatever holds `GaussianSpan`s
 ):
-    "Let the windows of all `GaussianSpan`s follow their sigmas: in training once before each batch, as the callback `UpdateWindows` does"
+    """Let the windows of all `GaussianSpan`s follow their sigmas: in training once before each batch, as the callback `UpdateWindows` does.
+    Raises `ValueError` if a sigma is NaN"""
     spans = [m for m in model.modules() if isinstance(m, GaussianSpan) and not m.log_sigma.is_meta]
     if not spans: return
     numbers = torch.cat([(m.reach*m.spread().double()).flatten() for m in spans]).tolist() # the device is waited for once
+    if any(map(math.isnan, numbers)): raise ValueError("a sigma is no number any more: the training has diverged; try a lower learning rate")
     for m in spans:
         mine,numbers = numbers[:m.radius.numel()],numbers[m.radius.numel():]
         m._set_radius([mine[i:i+m.ndim] for i in range(0, len(mine), m.ndim)])
