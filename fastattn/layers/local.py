@@ -6,12 +6,11 @@
 __all__ = ['Window', 'Positions', 'local_attention']
 
 # %% ../../nbs/layers/03_local.ipynb #46c3eb22
-import torch
+import math,torch
 import torch.nn.functional as F
 from contextlib import nullcontext
-from functools import lru_cache
 from math import prod
-from operator import index,itemgetter
+from operator import index
 from torch.utils.checkpoint import checkpoint
 from typing import NamedTuple
 from ..core import check_name,per_dim
@@ -332,7 +331,7 @@ def _in_plain_blocks(q, k, v, window, block):
 
 # %% ../../nbs/layers/03_local.ipynb #1f47019c
 def _skew(x, block, grid):
-    """A view of a new tensor `x` (..., a, offsets from 1-b to s-1 in each dimension): for each query the offsets of the keys, (..., a, N)"""
+    "A view of a new tensor `x` (..., a, offsets from 1-b to s-1 in each dimension): for each query those of the keys, (..., a, N)"
     x,o = x.contiguous(),_strides([s+b-1 for s,b in zip(grid, block)])
     a = [i*x.shape[-1]-j for i,j in zip(_strides(block), o)]
     start = sum((b-1)*i for b,i in zip(block, o))
@@ -441,14 +440,17 @@ _call = 2e6 # the cost of one more call
 def _widest(windows): return tuple(map(max, zip(*windows)))
 
 def _groups(windows, cost):
-    "Heads that are computed together, as lists of their numbers: the cheapest way to cut them, from narrow to wide; `cost` of a window, for one head"
-    order = sorted(range(len(windows)), key=lambda h: (prod(2*w+1 for w in windows[h]),windows[h]))
-    best = [(0,[])] # of the first 0, 1, 2 .. heads: cost and groups
-    for j in range(1, len(order)+1):
-        def ending(i): # the last group begins at i
-            near = _widest([windows[h] for h in order[i:j]])
-            return best[i][0]+_call+(j-i)*cost(near),best[i][1]+[order[i:j]]
-        best.append(min(map(ending, range(j)), key=itemgetter(0)))
+    "Heads that are computed together, as lists of their numbers: the cheapest way to cut them, from narrow to wide; `cost` is that of a head"
+    kinds = sorted(dict.fromkeys(windows), key=lambda window: prod([2*w+1 for w in window]))
+    heads = [[h for h,o in enumerate(windows) if o==kind] for kind in kinds]
+    best = [(0,[])] # of the first 0, 1, 2 .. kinds: cost and groups
+    for j in range(1, len(kinds)+1):
+        least = math.inf
+        for i in range(j): # the last group has the kinds from i to j
+            group = sum(heads[i:j], [])
+            total = best[i][0]+_call+len(group)*cost(_widest(kinds[i:j]))
+            if total<least: least,groups = total,best[i][1]+[group]
+        best.append((least,groups))
     return best[-1][1]
 
 def _mask_heads(positions, windows, window, device):
@@ -475,7 +477,6 @@ def _by_heads(q, k, v, positions, windows, window, block):
     "Local attention of groups of heads, each with a window as wide as its heads need; `window` is the widest, that of the tables"
     if len(set(windows))==1: return _attend(q, k, v, positions, window, block)
     batch = 16 if torch.compiler.is_compiling() else len(q) # no graph for each batch size
-    @lru_cache
     def cost(near):
         part = Window(window.grid, near, window.causal)
         return batch*_cheapest(part, q.shape[-1]+v.shape[-1], positions.vectors is not None)[1]
@@ -488,7 +489,7 @@ def _by_heads(q, k, v, positions, windows, window, block):
         part = Window(window.grid, _widest(near), window.causal)
         own = _mask_heads(positions.heads(heads).cut([-o for o in window.low], part), near, part, q.device)
         outs.append(_attend(q, k, v, own, part, block))
-    back = sorted(range(len(order)), key=order.__getitem__)
+    back = [order.index(h) for h in range(len(order))]
     return torch.cat(outs, 1).index_select(1, torch.tensor(back, device=q.device))
 
 # %% ../../nbs/layers/03_local.ipynb #6a0c1105
