@@ -20,7 +20,7 @@ from fastai.vision.models.xresnet import xresnet18
 from fastcore.basics import ifnone,patch
 from fastcore.foundation import L
 from fastcore.meta import delegates
-from .callback import MaskTokens,NoWeightDecay,SpanRecorder,masked_accuracy
+from .callback import MaskTokens,NoWeightDecay,SpanRecorder,UpdateWindows,masked_accuracy
 from .core import check_least,check_name
 from .layers.dropconnect import DropConnect,to_dropconnect
 from .layers.position import GaussianSpan
@@ -72,7 +72,9 @@ def _normalize(dls, cfg, c_in):
     "The statistics that pretrained weights expect, unless the data has its own; as in `vision_learner`"
     if len(cfg['mean'])==c_in and not dls.after_batch.fs.argfirst(lambda o: isinstance(o, Normalize)): dls.add_tfms([Normalize.from_stats(cfg['mean'], cfg['std'])], 'after_batch')
 
-def _span_recorder(model): return [SpanRecorder]*any(isinstance(m, PositionalSelfAttention) for m in model.modules()) # it also lets windows follow their spans, in compiled models too
+def _span_recorder(model):
+    "The callbacks that positional attention needs"
+    return [UpdateWindows,SpanRecorder] if any(isinstance(m, PositionalSelfAttention) for m in model.modules()) else []
 
 def ssa_learner(
     dls, # `DataLoaders` of images, or of anything (channels, *grid)
@@ -176,7 +178,7 @@ def positional_learner(
     ours = _learner_words(kwargs)
     if len(shape := _x_shape(dls))<2: raise ValueError(f"positional attention takes (channels, *grid); an input here is of shape {shape}")
     model = PositionalTransformer(shape[0], _n_out(dls, n_out), ifnone(ndim, len(shape)-1), **kwargs)
-    return Learner(dls, model, **_learner_args(dls, SpanRecorder(), **ours))
+    return Learner(dls, model, **_learner_args(dls, *_span_recorder(model), **ours))
 
 # %% ../nbs/02_learner.ipynb #4cd222e5
 def nonlinear_learner(
@@ -193,5 +195,5 @@ def nonlinear_learner(
     if vocab_size is None and not hasattr(dls.train_ds, 'vocab'): raise ValueError("vocab_size cannot be told from the data: pass vocab_size, the number of tokens")
     model = NonLinearTransformer(**{**dict(vocab_size=len(dls.train_ds.vocab) if vocab_size is None else vocab_size, n_labels=ifnone(n_labels, len(getattr(dls.train_ds, 'classes', ()))), matrix_dim=shape, p=0.1), **kwargs})
     loss = CrossEntropyLossFlat(axis=-1, ignore_index=-100, label_smoothing=smooth)
-    cbs = [MaskTokens(p_label)]+[SpanRecorder()]*any(isinstance(m, GaussianSpan) for m in model.modules())
+    cbs = [MaskTokens(p_label)]+[UpdateWindows(),SpanRecorder()]*any(isinstance(m, GaussianSpan) for m in model.modules())
     return Learner(dls, model, **_learner_args(dls, *cbs, **{**dict(loss_func=loss, metrics=masked_accuracy), **ours}))

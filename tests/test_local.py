@@ -1,41 +1,47 @@
 "Local attention against dense attention in float64: outputs and all gradients"
 import itertools
+import numpy as np
 import pytest,torch
 from hypothesis import given,settings,strategies as st
-from fastattn.layers.local import _cheapest,local_attention
+from math import prod
+from fastattn.layers.local import Window,_cheapest,_groups,local_attention
 
 few = settings(deadline=None, derandomize=True, max_examples=40)
 
-def oracle(q, k, v, window, p=None, q_pos=None, factor=None, combine='add', causal=False):
-    "All pairs; `window` one number for each dimension"
+def oracle(q, k, v, window, p=None, q_pos=None, factor=None, log_weight=None, combine='add', causal=False):
+    "All pairs; `window` one number for each dimension, or a list of such, one for each head"
     grid,d = q.shape[2:-1],q.dim()-3
     at = torch.stack(torch.meshgrid(*(torch.arange(s) for s in grid), indexing='ij'), -1).flatten(0, -2)
-    off,w = at[None]-at[:,None],torch.tensor(window)
-    seen = (off.abs()<=w).all(-1)
+    off,windows = at[None]-at[:,None],window if isinstance(window[0], (tuple,list)) else [window]
+    w = torch.tensor(windows).amax(0)
+    seen = torch.stack([(off.abs()<=torch.tensor(o)).all(-1) for o in windows]) # (H or 1, N, N)
     place = (torch.minimum(torch.maximum(off, -w), w)+w).unbind(-1)
     logits = q.flatten(2, -2)@k.flatten(2, -2).mT
     if p is not None:
         pos = torch.einsum('bhid,hijd->bhij', (q if q_pos is None else q_pos).flatten(2, -2), p[(slice(None),*place)].expand(q.shape[1], -1, -1, -1))
         logits = logits*pos if combine=='multiply' else logits+pos
     if factor is not None: logits = logits*factor[(slice(None),*place)]
+    logits = logits/q.shape[-1]**0.5
+    if log_weight is not None: logits = logits+log_weight[(slice(None),*place)]
     if causal: seen = seen & torch.ones(len(at), len(at), dtype=torch.bool).tril()
-    return ((logits/q.shape[-1]**0.5).masked_fill(~seen, -torch.inf).softmax(-1)@v.flatten(2, -2)).unflatten(2, grid)
+    return (logits.masked_fill(~seen, -torch.inf).softmax(-1)@v.flatten(2, -2)).unflatten(2, grid)
 
-def same(args, options, block, lead=(2,3), rtol=1e-7):
-    q,k,v,window,p,q_pos,factor = args
-    ins = [o.requires_grad_() for o in (q,k,v,p,q_pos,factor) if o is not None]
-    ys = local_attention(q, k, v, window, p, q_pos, factor, block=block, **options),oracle(q, k, v, window, p, q_pos, factor, **options)
+def same(args, options, block):
+    ins = [o.requires_grad_() for o in args if torch.is_tensor(o)]
+    ys = local_attention(*args, block=block, **options),oracle(*args, **options)
     torch.testing.assert_close(*ys)
     g = torch.randn(ys[0].shape, dtype=ys[0].dtype)
     for a,b in zip(*(torch.autograd.grad(y, ins, g, allow_unused=True) for y in ys)):
         if a is None or b is None: assert not (a if b is None else b).any() if not (a is b) else True
         else: torch.testing.assert_close(a, b)
 
-def make(grid, window, B=2, H=3, D=4, V=5, p=None, q_pos=False, factor=None, contiguous=True):
+def make(grid, window, B=2, H=3, D=4, V=5, p=None, q_pos=False, factor=None, log_weight=None, contiguous=True):
     torch.manual_seed(0)
-    table = [2*w+1 for w in window]
+    widest = [max(o) for o in zip(*window)] if isinstance(window[0], (tuple,list)) else window
+    sizes = [2*w+1 for w in widest]
     def qkv(c): return torch.randn(B, H, *grid, c).double() if contiguous else torch.randn(B, *grid, H, c).double().movedim(-2, 1)
-    return qkv(D),qkv(D),qkv(V),window,None if p is None else torch.randn(p, *table, D).double(),qkv(D) if q_pos else None,None if factor is None else torch.rand(factor, *table).double()
+    def table(n, *tail): return None if n is None else torch.rand(n, *sizes, *tail).double()-0.5
+    return qkv(D),qkv(D),qkv(V),window,table(p, D),qkv(D) if q_pos else None,table(factor),table(log_weight)
 
 @few
 @given(st.data())
@@ -43,15 +49,63 @@ def test_oracle(data):
     d = data.draw(st.integers(1, 4))
     grid = [data.draw(st.integers(1, (9,6,4,3)[d-1])) for _ in range(d)]
     window = [data.draw(st.integers(0, 4)) for _ in range(d)]
-    p,factor = (data.draw(st.sampled_from([None,1,3])) for _ in range(2))
-    args = make(grid, window, B=data.draw(st.integers(1, 3)), p=p, q_pos=data.draw(st.booleans()), factor=factor, contiguous=data.draw(st.booleans()))
-    options = dict(causal=data.draw(st.booleans()), combine=data.draw(st.sampled_from(['add','multiply'])) if p else 'add')
+    if data.draw(st.booleans()): window = [[data.draw(st.integers(0, 4)) for _ in range(d)] for _ in range(3)] # one for each head
+    tables = {o: data.draw(st.sampled_from([None,1,3])) for o in ('p','factor','log_weight')}
+    args = make(grid, window, B=data.draw(st.integers(1, 3)), q_pos=data.draw(st.booleans()), contiguous=data.draw(st.booleans()), **tables)
+    options = dict(causal=data.draw(st.booleans()), combine=data.draw(st.sampled_from(['add','multiply'])) if tables['p'] else 'add')
     same(args, options, data.draw(st.sampled_from([None,'dense',1,2,3,4,[1+i for i in range(d)]])))
 
-@pytest.mark.parametrize('combine,causal,p,factor', itertools.product(('add','multiply'), (False,True), (None,1,3), (None,1,3)))
-def test_every_option(combine, causal, p, factor):
+@pytest.mark.parametrize('combine,causal,p', itertools.product(('add','multiply'), (False,True), (None,1,3)))
+def test_every_option(combine, causal, p):
+    "All options with each other, in both forms, and with windows of the heads' own"
     if p is None and combine=='multiply': return
-    for block in (3,'dense'): same(make((5,7), (2,1), p=p, q_pos=True, factor=factor), dict(combine=combine, causal=causal), block)
+    for factor,log_weight,block,window in itertools.product((None,1,3), (None,1,3), (3,'dense'), ((2,1),[(0,1),(2,1),(1,0)])):
+        same(make((5,7), window, p=p, q_pos=True, factor=factor, log_weight=log_weight), dict(combine=combine, causal=causal), block)
+
+@pytest.mark.parametrize('block', [4,'dense'])
+@pytest.mark.parametrize('tables', [dict(), dict(p=3), dict(factor=1), dict(log_weight=3), dict(p=1, factor=3, log_weight=1)])
+def test_derivatives(tables, block):
+    "First and second derivatives, forward-mode ones, and `torch.func`, in each form"
+    q,k,v,window,*rest = make((4,5), (1,2), B=1, H=2 if 3 not in tables.values() else 3, D=2, V=2, **tables)
+    names = [i for i,o in enumerate(rest) if o is not None]
+    def f(q, k, v, *given):
+        full = list(rest)
+        for i,o in zip(names, given): full[i] = o
+        return local_attention(q, k, v, window, *full, block=block)
+    ins = [o.requires_grad_() for o in (q,k,v,*(rest[i] for i in names))]
+    assert torch.autograd.gradcheck(f, ins)
+    if tables: assert torch.autograd.gradgradcheck(f, ins)
+    want = f(*ins)
+    for a,b in zip(torch.func.grad(lambda *o: f(*o).square().sum(), tuple(range(len(ins))))(*ins), torch.autograd.grad(want.square().sum(), ins)):
+        torch.testing.assert_close(a, b)
+    tangents = [torch.randn_like(o) for o in ins]
+    d = torch.func.jvp(f, tuple(o.detach() for o in ins), tuple(tangents))[1]
+    near = [f(*(o.detach()+e*t for o,t in zip(ins, tangents))) for e in (1e-5,-1e-5)]
+    torch.testing.assert_close(d, (near[0]-near[1])/2e-5, rtol=1e-5, atol=1e-7)
+    stacked = [torch.stack([o.detach(),2*o.detach()]) for o in ins]
+    torch.testing.assert_close(torch.func.vmap(f)(*stacked), torch.stack([f(*(o[i] for o in stacked)) for i in range(2)]))
+
+def test_no_second_derivative_is_wrong():
+    "A penalty on a gradient has the same gradient in both forms"
+    args = make((12,11), (1,2), p=3, log_weight=1)
+    ins = [o.requires_grad_() for o in args if torch.is_tensor(o)]
+    res = []
+    for block in (4,'dense'):
+        g, = torch.autograd.grad(local_attention(*args, block=block).square().sum(), args[0], create_graph=True)
+        res.append(torch.autograd.grad(g.square().sum(), ins))
+    for a,b in zip(*res): torch.testing.assert_close(a, b)
+
+def test_windows_of_heads():
+    "However heads are grouped, the numbers are the same; groups follow the cost"
+    windows = [(1,1)]*5+[(8,8)]+[(2,1)]*2
+    args = make((9,9), windows, H=8, p=8, log_weight=8)
+    want = oracle(*args)
+    torch.testing.assert_close(local_attention(*args), want)
+    torch.testing.assert_close(local_attention(*args, block='dense'), want)
+    def area(window): return 1e6*prod(2*o+1 for o in window)
+    assert _groups(windows, area)==[[0,1,2,3,4],[6,7],[5]] # the wide head alone
+    assert _groups(windows, lambda w: 0)==[[*range(5),6,7,5]] and _groups([(3,)]*4, area)==[[0,1,2,3]]
+    assert _groups([(i,) for i in range(8)], lambda w: 1e9*w[0])==[[i] for i in range(8)]
 
 def test_many_tiles():
     "More logits than one tile holds, in blocks and slabs"
@@ -71,20 +125,19 @@ def test_nothing(B, D, V):
 @pytest.mark.parametrize('block', [4,'dense'])
 @pytest.mark.parametrize('dtype', [torch.bfloat16,torch.float16])
 def test_halves(block, dtype):
-    q,k,v,window,p,q_pos,factor = [o.float() if torch.is_tensor(o) else o for o in make((6,6), (2,2), p=3, q_pos=True, factor=1)]
-    want = local_attention(q, k, v, window, p, q_pos, factor, block=block)
-    for o in (q,k,v,p,factor): o.requires_grad_()
-    with torch.autocast('cpu', dtype): y = local_attention(q, k, v, window, p, q_pos, factor, block=block)
+    args = [o.float() if torch.is_tensor(o) else o for o in make((6,6), (2,2), p=3, q_pos=True, factor=1, log_weight=3)]
+    want,ins = local_attention(*args, block=block),[o.requires_grad_() for o in args if torch.is_tensor(o)]
+    with torch.autocast('cpu', dtype): y = local_attention(*args, block=block)
     assert y.dtype==dtype
     y.float().sum().backward()
-    assert all(o.grad.isfinite().all() and o.grad.dtype==torch.float32 for o in (q,k,v,p,factor))
+    assert all(o.grad.isfinite().all() and o.grad.dtype==torch.float32 for o in ins)
     torch.testing.assert_close(y.float(), want, rtol=0.05, atol=0.05)
-    h = local_attention(*(o.detach().to(dtype) if torch.is_tensor(o) else o for o in (q,k,v,window,p,q_pos,factor)), block=block)
+    h = local_attention(*(o.detach().to(dtype) if torch.is_tensor(o) else o for o in args), block=block)
     torch.testing.assert_close(h.float(), want, rtol=0.05, atol=0.05)
 
 def test_extremes():
     "Huge logits, and factors of 0, give finite numbers and gradients"
-    q,k,v,window,p,_,factor = make((5,5), (1,1), p=1, factor=1)
+    q,k,v,window,p,_,factor,_ = make((5,5), (1,1), p=1, factor=1)
     for block in (2,'dense'):
         for scale,f in ((1e150,1), (1,0)):
             ins = [o.clone().requires_grad_() for o in (scale*q,k,v)]
@@ -94,9 +147,9 @@ def test_extremes():
 
 @pytest.mark.parametrize('block', [2,'dense'])
 def test_compile_export(block):
-    q,k,v,window,p,q_pos,factor = [o.float() if torch.is_tensor(o) else o for o in make((5,4), (1,1), p=3, q_pos=True, factor=1)]
+    q,k,v,window,p,_,factor,log_weight = [o.float() if torch.is_tensor(o) else o for o in make((5,4), (1,1), p=3, factor=1, log_weight=3)]
     class M(torch.nn.Module):
-        def forward(self, q, k, v, p, factor): return local_attention(q, k, v, window, p, q, factor, block=block)
+        def forward(self, q, k, v, p, factor): return local_attention(q, k, v, window, p, q, factor, log_weight, block=block)
     want = M()(q, k, v, p, factor)
     torch.testing.assert_close(torch.compile(M(), fullgraph=True, backend='aot_eager')(q, k, v, p, factor), want)
     with torch.no_grad(): torch.testing.assert_close(torch.export.export(M(), (q, k, v, p, factor)).module()(q, k, v, p, factor), want)
@@ -108,13 +161,23 @@ def test_compile_export(block):
 
 def test_cheapest():
     "Blocks for narrow windows, the dense form for wide ones"
-    assert _cheapest((32,32), [-3]*2, [3]*2, 16, True) and not _cheapest((32,32), [-31]*2, [31]*2, 16, True)
-    assert _cheapest((1024,), [-8], [8], 16, True) and not _cheapest((8,), [-7], [7], 16, False)
+    def form(grid, reach, has_p): return _cheapest(Window(grid, reach), 16, has_p)[0]
+    assert form((32,32), (3,3), True)!='dense' and form((32,32), (31,31), True)=='dense'
+    assert form((1024,), (8,), True)!='dense' and form((8,), (7,), False)=='dense'
 
-@pytest.mark.parametrize('change,message', [(dict(k=(2,3,4,5,6)), 'q, k and v must be'), (dict(window=(1,)), 'window must be'), (dict(window=-1), 'window must be'), (dict(combine='times'), "combine must be"),
+@pytest.mark.parametrize('change,message', [(dict(k=(2,3,4,5,6)), 'q, k and v must be'), (dict(window=(1,)), 'window must be'), (dict(window=-1), 'window must be'), (dict(window=True), 'window must be'), (dict(window=1.5), 'window must be'), (dict(window=[(1,1)]*2), 'each of the 3, got 2'),
+    (dict(log_weight=(2,3,3)), 'log_weight must be'), (dict(q=(2,3,0,5,4), k=(2,3,0,5,4), v=(2,3,0,5,4)), 'at least one position'), (dict(combine='times'), "combine must be"),
     (dict(p=(3,3,5,4)), 'p must be'), (dict(factor=(2,3,3)), 'factor must be'), (dict(q_pos=(2,3,4,4,4)), 'q_pos must be'),
-    (dict(block=0), 'block must be'), (dict(block='dnse'), 'block must be'), (dict(block=(2,)), 'one for each of the 2')])
+    (dict(block=0), 'block must be'), (dict(block='dnse'), "Did you mean 'dense'"), (dict(block=(2,)), 'one for each of the 2')])
 def test_bad(change, message):
-    args = dict(q=(2,3,4,5,4), k=(2,3,4,5,4), v=(2,3,4,5,4), window=1, **{k: v for k,v in change.items() if k not in ('k','window')})
+    args = dict(q=(2,3,4,5,4), k=(2,3,4,5,4), v=(2,3,4,5,4), window=1, **{k: v for k,v in change.items() if k not in 'qkv' and k!='window'})
     args.update(change)
     with pytest.raises(ValueError, match=message): local_attention(**{k: torch.zeros(o) if isinstance(o, tuple) and len(o)>2 else o for k,o in args.items()})
+
+def test_numpy_numbers():
+    q = torch.randn(1, 1, 5, 5, 2)
+    torch.testing.assert_close(local_attention(q, q, q, np.int64(1)), local_attention(q, q, q, 1))
+
+def test_whole_numbers_are_refused():
+    q = torch.ones(1, 1, 5, 5, 2, dtype=torch.long)
+    with pytest.raises(ValueError, match='floating point, got torch.int64'): local_attention(q, q, q, 1)

@@ -247,7 +247,7 @@ def test_rows_of_callbacks(tmp_path):
 
 def test_positional(tmp_path):
     "Spans are in the file; options that mean nothing without a span are not told apart"
-    runs = quick(tmp_path, arch='positional', dim=8, depth=1, heads=2, size=6, span=['none','gaussian'], threshold=[0.,0.1], penalty=1.)
+    runs = quick(tmp_path, arch='positional', dim=8, depth=1, heads=2, size=6, span=['none','gaussian'], threshold=[0.,0.1], modulate='all')
     assert [(r['config']['span'],r['config']['threshold']) for r in runs]==[('none',None),('gaussian',0.),('gaussian',0.1)]
     spans = [r['epochs'][0]['spans'][0] for r in runs]
     assert spans[0]['sigma'] is None and spans[0]['share']==spans[1]['share']==1 and spans[2]['sigma'][0][0]<0.3

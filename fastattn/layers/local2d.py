@@ -7,6 +7,8 @@ __all__ = ['Local2DAttention', 'NonLinearBlock']
 
 # %% ../../nbs/layers/06_local2d.ipynb #dd837aa8
 from torch import nn
+from ..core import per_dim
+from .position import GaussianSpan
 from .positional import PositionalSelfAttention
 
 # %% ../../nbs/layers/06_local2d.ipynb #169471c6
@@ -17,7 +19,9 @@ class Local2DAttention(PositionalSelfAttention):
         window_size=3, # How many rows and columns away a cell may look: a number, one for each of both, a `GaussianSpan` (learned), or None for the whole matrix
         heads:int=8, # Number of heads; divides `dim`
         rotary:bool=True # Rotate queries and keys by row and column?
-    ): super().__init__(dim, heads, 2, 'rotary' if rotary else None, window_size)
+    ):
+        if not (window_size is None or isinstance(window_size, (str,GaussianSpan))): window_size = per_dim(window_size, 2, 'window_size')
+        super().__init__(dim, heads, 2, 'rotary' if rotary else None, window_size)
 
 # %% ../../nbs/layers/06_local2d.ipynb #f0ece768
 class NonLinearBlock(nn.Module):

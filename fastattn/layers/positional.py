@@ -8,19 +8,42 @@ __all__ = ['encodings', 'PositionalSelfAttention']
 # %% ../../nbs/layers/05_positional.ipynb #f2a20652
 import torch
 from math import prod
-from numbers import Integral
 from operator import index
 from torch import nn
-from ..core import check_least,check_name
+from ..core import check_least,check_name,per_dim
 from .local import local_attention
 from .position import GaussianSpan,SinusoidEncoding,SirenEncoding,rotary,window_steps
 
 # %% ../../nbs/layers/05_positional.ipynb #c16df564
 encodings = dict(siren=SirenEncoding, sinusoid=SinusoidEncoding)
 
+def _check_encoding(encoding, ndim, dim):
+    "A module that gives vectors of `dim` for offsets of `ndim` dimensions, or a `ValueError`"
+    if not isinstance(encoding, nn.Module):
+        raise ValueError(f"encoding must be 'siren', 'sinusoid', 'rotary', None or a module, got {encoding!r}")
+    if getattr(encoding, 'ndim', ndim)!=ndim: raise ValueError(f"encoding must be of ndim={ndim}, got {encoding}")
+    device = next((o.device for o in encoding.parameters()), None)
+    with torch.no_grad(): shape = tuple(encoding(window_steps((1,)*ndim, device), (3,)*ndim).shape)
+    if shape!=(*[3]*ndim,dim): raise ValueError(f"encoding must map offsets (*, {ndim}) to vectors (*, {dim}), got shape {shape} for (*{[3]*ndim}, {ndim})")
+    return encoding
+
+def _make_encoding(encoding, ndim, dim):
+    "A module, or None"
+    if encoding in (None,'rotary'): return None
+    if isinstance(encoding, str): return encodings[check_name(encoding, [*encodings,'rotary'], 'encoding')](ndim, dim)
+    return _check_encoding(encoding, ndim, dim)
+
+def _make_span(span, ndim, heads):
+    "A `GaussianSpan`, steps for each dimension, or None"
+    if span is None: return None
+    if isinstance(span, str): return dict(gaussian=GaussianSpan)[check_name(span, ['gaussian'], 'span')](ndim)
+    if not isinstance(span, GaussianSpan): return per_dim(span, ndim, "span, if it is not 'gaussian', a GaussianSpan or None,")
+    if span.ndim==ndim and len(span.log_sigma) in (1,heads): return span
+    raise ValueError(f"the span must be of ndim={ndim} and of {heads} heads or 1, got {span}")
+
 class PositionalSelfAttention(nn.Module):
     """Multi-head self-attention on grids with encoded relative positions and a learned span, by the thesis of M. Alfons, section 3.
-    A `ValueError` for heads that do not divide `dim`, unknown options, options that do not fit each other, and inputs that do not fit"""
+    Raises `ValueError` for heads that do not divide `dim`, unknown options, options that do not fit each other, and inputs that do not fit"""
     def __init__(self,
         dim:int, # Channels of the input
         heads:int, # Number of heads; divides `dim`
@@ -28,28 +51,25 @@ class PositionalSelfAttention(nn.Module):
         encoding='siren', # 'siren', 'sinusoid', 'rotary', None, or a module: (offsets in steps, grid) -> vectors of `dim`
         span='gaussian', # 'gaussian', a `GaussianSpan`, a fixed number of steps (or one for each dimension), or None to see everything
         combine:str='add', # 'add' or 'multiply' content and position
-        modulate:str='all', # What the span's factor acts on: 'all' logits or the 'positional' ones
+        modulate:str='weights', # What the span multiplies: the attention 'weights', or as in the thesis 'all' logits, or the 'positional' ones
         causal:bool=False # See only what is not later in reading order?
     ):
         super().__init__()
         check_least(1, dim=dim, heads=heads, ndim=ndim)
         if dim%heads: raise ValueError(f"heads must divide dim, got dim={dim} and heads={heads}")
         check_name(combine, ['add','multiply'], 'combine')
-        check_name(modulate, ['all','positional'], 'modulate')
-        if encoding in (None,'rotary') and (combine=='multiply' or modulate=='positional'): raise ValueError(f"combine='multiply' and modulate='positional' need an encoding with vectors, got encoding={encoding!r}")
-        if encoding=='rotary' and dim//heads%(2*ndim): raise ValueError(f"encoding='rotary' needs dim/heads to be a multiple of {2*ndim}, twice ndim; got dim={dim} and heads={heads}")
-        self.rotate = encoding=='rotary'
-        if self.rotate: encoding = None
-        if isinstance(encoding, str): encoding = encodings[check_name(encoding, [*encodings,'rotary'], 'encoding')](ndim, dim)
-        if isinstance(span, str): span = dict(gaussian=GaussianSpan)[check_name(span, ['gaussian'], 'span')](ndim)
-        if not (span is None or isinstance(span, GaussianSpan)):
-            span = tuple(span) if isinstance(span, (tuple,list)) else (span,)*ndim
-            if len(span)!=ndim or any(not isinstance(o, Integral) or o<0 for o in span): raise ValueError(f"span must be 'gaussian', a GaussianSpan, None, or at least 0 steps, a whole number or one for each of the {ndim} dimensions; got {span}")
-        if isinstance(span, GaussianSpan) and (span.ndim!=ndim or len(span.log_sigma) not in (1,heads)): raise ValueError(f"the span must be of ndim={ndim} and of {heads} heads or 1, got {span}")
-        self.heads,self.ndim,self.encoding,self.span,self.combine,self.modulate,self.causal = heads,ndim,encoding,span,combine,modulate,causal
+        check_name(modulate, ['weights','all','positional'], 'modulate')
+        self.rotate,self.encoding,self.span = isinstance(encoding, str) and encoding=='rotary',_make_encoding(encoding, ndim, dim),_make_span(span, ndim, heads)
+        if self.encoding is None and (combine=='multiply' or modulate=='positional'):
+            raise ValueError(f"combine='multiply' and modulate='positional' need an encoding with vectors, got encoding={encoding!r}")
+        if modulate!='weights' and not isinstance(self.span, GaussianSpan):
+            raise ValueError(f"modulate={modulate!r} needs a span that is learned, 'gaussian' or a GaussianSpan; got span={span!r}")
+        if self.rotate and dim//heads%(2*ndim):
+            raise ValueError(f"encoding='rotary' needs dim/heads to be a multiple of {2*ndim}, twice ndim; got dim={dim} and heads={heads}")
+        self.heads,self.ndim,self.combine,self.modulate,self.causal = heads,ndim,combine,modulate,causal
         self.qkv,self.proj = nn.Linear(dim, 3*dim),nn.Linear(dim, dim)
         self.u = nn.Parameter(torch.empty(heads, dim//heads))
-        self.v = nn.Parameter(torch.empty(heads, dim//heads)) if encoding is not None else None
+        self.v = nn.Parameter(torch.empty(heads, dim//heads)) if self.encoding is not None else None
         self.reset_parameters()
 
     def reset_parameters(self):
@@ -58,34 +78,49 @@ class PositionalSelfAttention(nn.Module):
             if o is not None: nn.init.xavier_uniform_(o)
         for o in (self.qkv.bias, self.proj.bias): nn.init.zeros_(o)
 
+    def windows(self, grid):
+        "How many steps the window of each head reaches in each dimension of `grid`; one for all heads if they have the same"
+        if isinstance(self.span, GaussianSpan): return self.span.windows(grid)
+        return [tuple([s-1 if w is None else min(w, s-1) for w,s in zip(self.span or [None]*self.ndim, grid)])]
+
     def window(self, grid):
-        "How many steps the window reaches in each dimension of `grid`"
-        if isinstance(self.span, GaussianSpan): return self.span.window(grid)
-        return tuple([s-1 if w is None else min(w, s-1) for w,s in zip(self.span or [None]*self.ndim, grid)])
+        "The same for the widest head of each dimension"
+        return tuple([max(o) for o in zip(*self.windows(grid))])
+
+    def _check(self, x):
+        if x.dim()==self.ndim+2 and x.shape[-1]==self.qkv.in_features and 0 not in x.shape[1:-1] and x.is_floating_point(): return
+        raise ValueError(f"PositionalSelfAttention takes floating point (batch, {self.ndim} dimension{'s'*(self.ndim>1)} of the grid, {self.qkv.in_features}), "
+            f"at least one position in each, got shape {tuple(x.shape)} of {x.dtype}")
+
+    def _tables(self, steps, grid):
+        "What depends on the offset, over `steps`: the arguments p, factor and log_weight of `local_attention`"
+        p = None if self.encoding is None else self.encoding(steps, grid).unflatten(-1, (self.heads,-1)).movedim(-2, 0) # (heads, *window, d)
+        if not isinstance(self.span, GaussianSpan): return dict(p=p)
+        if self.modulate=='weights': return dict(p=p, log_weight=self.span.log_weight(steps, grid))
+        g = self.span(steps, grid) # (heads or 1, *window)
+        return dict(p=p, factor=g) if self.modulate=='all' else dict(p=p*g[...,None])
 
     def attend(self, x, values=None):
         "What each position of `x` (B, *grid, dim) takes of its values, (B, heads, *grid, dim/heads), or of others that are given"
-        if x.dim()!=self.ndim+2 or x.shape[-1]!=self.qkv.in_features:
-            raise ValueError(f"PositionalSelfAttention takes (batch, {self.ndim} dimension{'s'*(self.ndim>1)} of the grid, {self.qkv.in_features}), got shape {tuple(x.shape)}")
+        self._check(x)
         grid = tuple([index(o) for o in x.shape[1:-1]])
         q,k,v = self.qkv(x).unflatten(-1, (3,self.heads,-1)).movedim((-3,-2), (0,2)) # each (B, heads, *grid, d)
-        window = self.window(grid)
-        steps = window_steps(window, x.device)
-        def bias(b): return b.view(self.heads, *[1]*self.ndim, -1)
-        p = None if self.encoding is None else self.encoding(steps, grid).unflatten(-1, (self.heads,-1)).movedim(-2, 0)
-        g = self.span(steps, grid) if isinstance(self.span, GaussianSpan) else None
-        if g is not None and self.modulate=='positional': p,g = p*g[...,None],None
-        q_pos,q = None if p is None else q+bias(self.v),q+bias(self.u)
+        windows = self.windows(grid)
+        tables = self._tables(window_steps(self.window(grid), x.device), grid)
+        def biased(b): return q+b.view(self.heads, *[1]*self.ndim, -1)
+        q_pos,q = None if self.v is None else biased(self.v),biased(self.u)
         if self.rotate: q,k = rotary(q),rotary(k)
-        return local_attention(q, k, v if values is None else values, window, p, q_pos, g, self.combine, self.causal)
+        window = windows if len(windows)==self.heads else windows[0]
+        return local_attention(q, k, v if values is None else values, window, q_pos=q_pos, combine=self.combine, causal=self.causal, **tables)
 
     def forward(self, x):
         "`x` (B, *grid, dim) -> the same shape"
         return self.proj(self.attend(x).movedim(1, -2).flatten(-2))
 
     def share(self, grid):
-        "How many of all pairs of positions of `grid` the window holds: the cost beside dense attention's"
-        parts = [((2*w+1)*s-w*(w+1))/s**2 for w,s in zip(self.window(grid), grid)]
-        return prod(parts)
+        "How many of all pairs of positions of `grid` the windows hold, in the mean of the heads: the cost compared with dense attention's"
+        def held(window): return prod(((2*w+1)*s-w*(w+1))/s**2 for w,s in zip(window, grid))
+        windows = self.windows(grid)
+        return sum(map(held, windows))/len(windows)
 
     def extra_repr(self): return f'heads={self.heads}, ndim={self.ndim}, rotary={self.rotate}, combine={self.combine!r}, modulate={self.modulate!r}, causal={self.causal}'

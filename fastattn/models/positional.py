@@ -6,6 +6,9 @@
 __all__ = ['tokens', 'PositionalBlock', 'PositionalTransformer']
 
 # %% ../../nbs/models/03_positional.ipynb #18010aee
+import copy
+from math import isfinite
+from numbers import Integral
 from torch import nn
 import torch.nn.functional as F
 from ..core import check_least,check_name
@@ -14,33 +17,48 @@ from ..layers.positional import PositionalSelfAttention
 # %% ../../nbs/models/03_positional.ipynb #95155b7d
 _pools = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
 
+def _check_p(p):
+    if not (isfinite(p) and 0<=p<=1): raise ValueError(f"p is a probability, from 0 to 1, got {p!r}")
+
 class PositionalBlock(nn.Module):
-    "Attention and a two-layer network, each with dropout, a sum and a layer norm; then max-pooling if `pool` is more than 1"
+    """Attention and a two-layer network, each with dropout, a sum and a layer norm; then max-pooling if `pool` is more than 1.
+    Raises `ValueError` for sizes and probabilities that are not allowed"""
     def __init__(self,
-        attn, # A `PositionalSelfAttention`
+        attn:nn.Module, # (B, *grid, dim) -> the same shape
+        dim:int, # Its channels
         ff:int=128, # Hidden units of the network
         p:float=0.1, # Probability of dropout
         pool:int=1 # Max-pooling in every dimension, by this factor
     ):
         super().__init__()
-        if not isinstance(attn, PositionalSelfAttention): raise TypeError(f"attn must build PositionalSelfAttention, got {type(attn).__name__}")
-        dim = attn.qkv.in_features
+        if not isinstance(attn, nn.Module): raise TypeError(f"attn must be a module, got {type(attn).__name__}")
+        check_least(1, dim=dim, ff=ff, pool=pool)
+        _check_p(p)
         self.attn,self.pool = attn,pool
         self.ff = nn.Sequential(nn.Linear(dim, ff), nn.Dropout(p), nn.ReLU(), nn.Linear(ff, dim))
         self.norm1,self.norm2,self.drop = nn.LayerNorm(dim),nn.LayerNorm(dim),nn.Dropout(p)
 
     def forward(self, x):
         "`x` (B, *grid, dim) -> (B, *pooled grid, dim)"
-        x = self.norm1(x+self.drop(self.attn(x)))
+        taken = self.attn(x)
+        if taken.shape!=x.shape: raise ValueError(f"attn must keep the shape (batch, *grid, dim), got {tuple(taken.shape)} for {tuple(x.shape)}")
+        x = self.norm1(x+self.drop(taken))
         x = self.norm2(x+self.drop(self.ff(x)))
         if self.pool==1: return x
-        return _pools[self.attn.ndim](x.movedim(-1, 1), [min(self.pool, s) for s in x.shape[1:-1]]).movedim(1, -1)
+        sizes = [min(self.pool, s) for s in x.shape[1:-1]]
+        return _pools[len(sizes)](x.movedim(-1, 1), sizes).movedim(1, -1)
 
 tokens = dict(last=lambda x: x[:,-1], mean=lambda x: x.mean(1), max=lambda x: x.amax(1))
 
+def _check_pools(pool_after, depth, ndim):
+    "The blocks that are followed by max-pooling"
+    known = isinstance(pool_after, (tuple,list,set,range)) and all(isinstance(o, Integral) and not isinstance(o, bool) and 0<=o<depth for o in pool_after)
+    if not known: raise ValueError(f"pool_after must be blocks from 0 to {depth-1}, in a list, got {pool_after!r}")
+    if pool_after and ndim not in _pools: raise ValueError(f"max-pooling is there for 1 to 3 dimensions, got ndim={ndim}")
+
 class PositionalTransformer(nn.Module):
     """The classifier of the thesis: a linear layer for every position, blocks of positional self-attention, one token, a head of two layers.
-    A `ValueError` for sizes and options that cannot be, and an input of another number of dimensions or channels"""
+    Raises `ValueError` for invalid sizes and options, and for an input of another number of dimensions or channels"""
     def __init__(self,
         c_in:int, # Channels of the input
         n_out:int, # Number of outputs
@@ -53,24 +71,28 @@ class PositionalTransformer(nn.Module):
         token:str='last', # What the head sees: the 'last' position, their 'mean' or 'max'
         pool_after=(), # Blocks, from 0, that are followed by max-pooling
         pool:int=2, # Its factor
-        attn=None, # Number of the block, from 0 -> its `PositionalSelfAttention`; default: one with `kwargs`
-        **kwargs # `PositionalSelfAttention`'s: encoding, span, combine, modulate, causal
+        attn=None, # Number of the block, from 0 -> its attention, any module that keeps (B, *grid, dim); default: one with `kwargs`
+        **kwargs # `PositionalSelfAttention`'s: encoding, span, combine, modulate, causal; modules are copied for each block
     ):
         super().__init__()
-        check_least(1, c_in=c_in, n_out=n_out, depth=depth, ff=ff, pool=pool)
-        if pool_after and ndim not in _pools: raise ValueError(f"max-pooling is there for 1 to 3 dimensions, got ndim={ndim}")
-        if any(not 0<=o<depth for o in pool_after): raise ValueError(f"pool_after must be blocks from 0 to {depth-1}, got {tuple(pool_after)}")
-        if attn is None: attn = lambda i: PositionalSelfAttention(dim, heads, ndim, **kwargs)
+        check_least(1, c_in=c_in, n_out=n_out, ndim=ndim, dim=dim, depth=depth, ff=ff, pool=pool)
+        _check_p(p)
+        _check_pools(pool_after, depth, ndim)
+        if attn is None: attn = lambda i: PositionalSelfAttention(dim, heads, ndim, **copy.deepcopy(kwargs))
         elif kwargs: raise ValueError(f"attn builds the attention, so {', '.join(kwargs)} would mean nothing")
         self.ndim,self.token = ndim,check_name(token, tokens, 'token')
         self.inp = nn.Sequential(nn.Dropout(p), nn.Linear(c_in, dim))
-        self.blocks = nn.Sequential(*(PositionalBlock(attn(i), ff, p, pool if i in pool_after else 1) for i in range(depth)))
+        self.blocks = nn.Sequential(*(PositionalBlock(attn(i), dim, ff, p, pool if i in pool_after else 1) for i in range(depth)))
         self.head = nn.Sequential(nn.Linear(dim, dim), nn.LayerNorm(dim), nn.ReLU(), nn.Dropout(p), nn.Linear(dim, n_out))
+
+    def _check(self, x):
+        if x.dim()==self.ndim+2 and x.shape[1]==self.inp[1].in_features and x.is_floating_point() and 0 not in x.shape[2:]: return
+        raise ValueError(f"the input must be floating point (batch, {self.inp[1].in_features}, {self.ndim} dimension{'s'*(self.ndim>1)} of the grid), "
+            f"at least one position in each, got shape {tuple(x.shape)} of {x.dtype}")
 
     def forward(self, x):
         "`x` (B, c_in, *grid) -> (B, n_out)"
         if self.ndim==1 and x.dim()>3: x = x.flatten(2)
-        if x.dim()!=self.ndim+2 or x.shape[1]!=self.inp[1].in_features:
-            raise ValueError(f"the input must be (batch, {self.inp[1].in_features}, {self.ndim} dimension{'s'*(self.ndim>1)} of the grid), got shape {tuple(x.shape)}")
-        x = self.blocks(self.inp(x.movedim(1, -1)))
+        self._check(x)
+        x = self.blocks(self.inp(x.movedim(1, -1))) # (B, *grid, dim)
         return self.head(tokens[self.token](x.flatten(1, -2)))

@@ -32,7 +32,7 @@ from ..models.positional import PositionalTransformer
 from ..models.xresnet import archs
 from .data import get_dls,get_tokens
 
-# %% ../../nbs/recipes/04_options.ipynb #48f8ea0e
+# %% ../../nbs/recipes/04_options.ipynb #370cfa09
 @dataclass
 class Option:
     "An option of a run"
@@ -61,7 +61,7 @@ train_options = dict(
     channels_last=Option(bool, 'Channels last in memory'),
     compile=Option(bool, 'torch.compile'))
 
-# %% ../../nbs/recipes/04_options.ipynb #81572229
+# %% ../../nbs/recipes/04_options.ipynb #30366b81
 recipes = dict(
     digits=dict(size=32, epochs=5, lr=4e-3),
     mnist=dict(size=28, epochs=3, lr=4e-3),
@@ -71,8 +71,9 @@ recipes = dict(
 
 _common = dict(bs=64, wd=1e-2, smooth=0.1, mixup=0., sched='flat_cos', precision='fp32', channels_last=False)
 _extras = dict(compile=False, aug='crop', presize=False, progressive=1.) # left out of a configuration unless they are asked for
+_added = dict(per_head=False) # options of models that older runs lack: likewise
 
-# %% ../../nbs/recipes/04_options.ipynb #4363e19c
+# %% ../../nbs/recipes/04_options.ipynb #37b8b072
 opt_funcs = dict(
     ranger=(ranger, dict(mom=0.95, sqr_mom=0.99, eps=1e-6, beta=0.)),
     adam=(Adam, dict(mom=0.9, sqr_mom=0.99, eps=1e-5)),
@@ -94,7 +95,7 @@ def MaxBlurPool(
 
 pools = {o.__name__: o for o in (AvgPool, MaxPool, MaxBlurPool)}
 
-# %% ../../nbs/recipes/04_options.ipynb #2772c30b
+# %% ../../nbs/recipes/04_options.ipynb #0bdea5fa
 @dataclass
 class Registered:
     "A learner function that the command knows"
@@ -128,7 +129,7 @@ def register_learner(
     for k in recipe: check_name(k, [*train_options,*recipes,'text'], 'option of training')
     learners[name] = Registered(func, options, defaults, recipe, data)
 
-# %% ../../nbs/recipes/04_options.ipynb #b3ee42bb
+# %% ../../nbs/recipes/04_options.ipynb #be0dd9bb
 def _values(o): return list(o) if isinstance(o, (list,tuple)) else [o]
 def _ints(o): return [int(i) if i.lstrip('-').isdigit() else i for i in str(o).split(',')]
 
@@ -163,16 +164,17 @@ def _positional(dls, arch, ndim=2, dim=64, depth=6, heads=8, token='last',
     encoding='siren', # Of relative positions: siren, sinusoid, rotary, none
     span='gaussian', # Learned span: gaussian, none
     sigma=0.3, # Where the span starts, as a share of the grid
-    threshold=0.1, # Where the window ends, 0 for no end
+    threshold=0.01, # Where the window ends, 0 for no end
     combine='add', # add or multiply content and position
-    modulate='all', # What the span acts on: all, positional
+    modulate='weights', # What the span multiplies: weights, or logits as in the thesis: all, positional
     causal=False, # See only what comes before
-    penalty=0., # Weight of the mean sigma in the loss
+    penalty=0., # Price in the loss of looking at all pairs of positions
+    per_head=False, # A span for each head
     cbs=(), **kwargs):
     kind = dict(none=None, gaussian=GaussianSpan)[check_name(span, ['none','gaussian'], 'span')]
     def attn(i):
         words = dict(combine=combine, causal=causal) | (dict(modulate=modulate) if kind else {})
-        return PositionalSelfAttention(dim, heads, ndim, None if encoding=='none' else encoding, kind and kind(ndim, sigma, threshold), **words)
+        return PositionalSelfAttention(dim, heads, ndim, None if encoding=='none' else encoding, kind and kind(ndim, sigma, threshold, heads=heads if per_head else 1), **words)
     cbs = [*cbs,SpanPenalty(penalty)] if penalty else cbs
     return positional_learner(dls, ndim, dim=dim, depth=depth, token=token, attn=attn, cbs=cbs, **kwargs)
 
@@ -191,7 +193,7 @@ register_learner('positional', _positional, docs=[positional_learner,PositionalT
 register_learner('nonlinear', _nonlinear, get_tokens, docs=[nonlinear_learner,NonLinearTransformer], opt='adam', lr=2e-3, smooth=0., sched='one_cycle',
     digits=dict(size=8, epochs=100), mnist=dict(size=14, epochs=5), text=dict(size=16, epochs=5))
 
-# %% ../../nbs/recipes/04_options.ipynb #5dd72cb3
+# %% ../../nbs/recipes/04_options.ipynb #b7b42560
 def is_file_name(o)->bool:
     "Is `o` of the form `file.py:name`?"
     return '.py:' in str(o)
@@ -229,7 +231,7 @@ def learner_of(
         return Registered(_timm, *_options_of(_timm, ()), {})
     return learners[check_name(arch, learners, "arch (timm's models are known too)")]
 
-# %% ../../nbs/recipes/04_options.ipynb #454a5446
+# %% ../../nbs/recipes/04_options.ipynb #f2ec4080
 def _as(k, default, o):
     "The value `o` of option `k`, in the type of its default"
     t = type(_values(default)[0])
@@ -276,11 +278,12 @@ def _tidy(config):
     for (k,v),names in _void.items():
         if config.get(k)==v: config.update({o: None for o in names if o in config})
     files = {k: config[k] for k in ('arch','attn') if is_file_name(config.get(k, ''))}
-    config = {k: v for k,v in config.items() if k not in _extras or v!=_extras[k]}
+    usual = merge(_extras, _added)
+    config = {k: v for k,v in config.items() if k not in usual or v!=usual[k]}
     for k,v in files.items(): config[f'{k}_file'] = _file_hash(v)
     return config
 
-# %% ../../nbs/recipes/04_options.ipynb #63d3f5ad
+# %% ../../nbs/recipes/04_options.ipynb #93e19309
 def variant_name(
     config:dict # One configuration, from `variants`
 )->str:
@@ -309,7 +312,7 @@ def run_path(
     "Where the file of a run stands"
     return group_path(out, config)/variant_name(config)/f'seed{seed}.json'
 
-# %% ../../nbs/recipes/04_options.ipynb #a484df90
+# %% ../../nbs/recipes/04_options.ipynb #57627f89
 @dataclass
 class Preset:
     "A published setting"
@@ -322,7 +325,7 @@ class Preset:
 _sdoria = dict(data='imagewoof', size=256, arch='xresnet50', attn=['none','ssa'], act='ReLU', opt='adam', mom=0.9, sqr_mom=0.99, eps=1e-6, lr=3e-3, sched='one_cycle', precision='fp16')
 _sdoria_page,_sdoria_differs = 'github.com/sdoria/SimpleSelfAttention','data sets of before December 2019 there'
 _fastai = dict(data='imagenette', size=128, arch='xse_resnext50', attn='ssa', pool='MaxPool', precision='fp16')
-_thesis = dict(data='cifar10', size=32, arch='positional', opt='adam', mom=0.9, sqr_mom=0.999, lr=1e-3, sched='flat', wd=0., bs=40, epochs=80)
+_thesis = dict(data='cifar10', size=32, arch='positional', modulate='all', threshold=0.1, opt='adam', mom=0.9, sqr_mom=0.999, lr=1e-3, sched='flat', wd=0., bs=40, epochs=80)
 _thesis_page,_thesis_differs = 'github.com/MeenaAlfons/posattn, MSc thesis, table 5 to 7','there the best epoch on a fifth of the training images, and no augmentation'
 _projection = dict(data='mnist', size=28, arch='projection', epochs=10)
 _projection_page,_projection_differs = 'self-projection 0.1.0, README','there Adadelta, lr 1, falling by 0.7 each epoch'
@@ -347,7 +350,7 @@ def presets_table()->str:
         return f"{k:15} {o['data']}, {o['size']} px, {'/'.join(dict.fromkeys(str(v['epochs']) for v in p.options))} epochs, {p.runs} run{'s'*(p.runs>1)}: {p.published}\n{'':15} {p.source}; {p.differs}"
     return '\n'.join(line(k, p) for k,p in presets.items())
 
-# %% ../../nbs/recipes/04_options.ipynb #c1714f4f
+# %% ../../nbs/recipes/04_options.ipynb #d3cbb632
 boards = {f'{s}/{e}': dict(size=s, epochs=e) for s in (128,192,256) for e in (5,20,80,200)}
 
 def board_options(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['build_learner', 'train', 'make_parser', 'words_of', 'main']
 
-# %% ../../nbs/recipes/05_train.ipynb #67582f8b
+# %% ../../nbs/recipes/05_train.ipynb #c77443d8
 import argparse,importlib,json,math,os,sys
 from contextlib import suppress
 from functools import partial
@@ -21,16 +21,16 @@ from .answer import Answer,read_runs,_labels
 from .compare import Plan,SweepProgress,Variant,_ask,_check_limits,_time
 from .data import get_dls,get_tokens
 from .options import (Option,board_options,board_row,group_path,is_file_name,learner_of,learners,load_object,opt_funcs,option_defaults,presets,
-    presets_table,recipes,run_path,scheds,train_options,variant_name,variants,_extras)
+    presets_table,recipes,run_path,scheds,train_options,variant_name,variants,_added,_extras)
 
-# %% ../../nbs/recipes/05_train.ipynb #1c346b01
+# %% ../../nbs/recipes/05_train.ipynb #b264ae02
 def build_learner(
     config:dict, # One configuration, from `variants`
     seed:int=0, # Of weights and of the order of data
     workers:int=None # Processes that load data; None leaves it to the data set
 )->Learner:
     "The `Learner` of `config`, with the random state as it is when training starts"
-    c,n = merge(_extras, config),max(1, num_distrib())
+    c,n = merge(_extras, _added, config),max(1, num_distrib())
     if c['bs']%n: raise ValueError(f"bs is shared by the {n} processes, and must be a multiple of {n}; got {c['bs']}")
     set_seed(seed, reproducible=True)
     known,(opt,params) = learner_of(c['arch']),opt_funcs[c['opt']]
