@@ -159,6 +159,6 @@ def load_model(
     if arch in archs: model = attn_xresnet(arch, 'none', n_out=n_out, **{k: _from_word(k, v) for k,v in args.items()})
     else: model = remove_attn(timm.create_model(arch, **{'num_classes': n_out, **args}))
     for module,names in config.get('fastattn', {}).items():
-        for name in names: insert_attn(model, name, stages=module)
+        for name in names: insert_attn(model, name, stages=module, at='block') # names say where
     model.load_state_dict(load_file(folder/'model.safetensors'))
     return model

@@ -1,0 +1,267 @@
+"Attention stays the model's own: whatever converts, freezes, copies, compiles or exports a model leaves it in use"
+import copy,pickle
+from pathlib import Path
+import numpy as np,pytest,timm,torch
+from fastai.basics import L,apply_init,norm_bias_params
+from fastai.learner import Learner
+from fastai.vision.models.xresnet import xresnet18
+from safetensors.torch import load_file
+from timm.layers import convert_sync_batchnorm,freeze_batch_norm_2d,unfreeze_batch_norm_2d
+from torch import nn
+from torchvision import models as tv
+from fastattn.callback import NoWeightDecay
+from fastattn.layers.simple import SimpleSelfAttention
+from fastattn.models.insert import Attended,attn_layers,attn_sites,attns,insert_attn,places,remove_attn,stages_of
+from fastattn.models.timm import load_model,save_model
+
+builders = dict(
+    xresnet=lambda: xresnet18(n_out=4),
+    timm=lambda: timm.create_model('resnet18', num_classes=4),
+    torchvision=lambda: tv.resnet18(num_classes=4),
+    convnext=lambda: timm.create_model('convnext_atto', num_classes=4))
+
+def make(name):
+    "As if trained: no branch is off"
+    torch.manual_seed(0)
+    return trained(builders[name]())
+def trained(m):
+    for p in m.parameters():
+        if not p.any(): nn.init.uniform_(p, 0.1, 0.5)
+    return m.eval()
+
+def images(n=2, size=64): return torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(1))
+def gains(m): return [p for o in attn_layers(m) for k,p in o.named_parameters() if k in ('gamma','gain')]
+def wake(m, gain=0.01):
+    for p in gains(m): nn.init.constant_(p, gain)
+    return m
+def keys(m): return list(m.state_dict())
+def same_state(a, b): return list(a)==list(b) and all(torch.equal(a[k], b[k]) for k in a)
+
+def in_use(m, x, n=4):
+    "`n` attentions: each gets a gradient, and each changes what the model computes"
+    wake(m.eval(), 0)
+    m.zero_grad()
+    y = m(x)
+    y.square().sum().backward()
+    assert len(gains(m))==n and all(p.grad.abs().sum()>0 for p in gains(m))
+    with torch.no_grad():
+        for p in gains(m):
+            p.fill_(1e-3)
+            z = m(x)
+            assert z.isfinite().all() and not torch.equal(z, y)
+            p.zero_()
+
+models = pytest.mark.parametrize('name', builders)
+at_both = pytest.mark.parametrize('at', places)
+
+@models
+@at_both
+def test_identity(name, at):
+    "Outputs bit for bit, in training too, names of weights and their order; in use; removal restores all"
+    m,plain,x = make(name),make(name),images()
+    before = {k: v.clone() for k,v in m.state_dict().items()}
+    assert insert_attn(m, 'ssa', stages='all', at=at) is m
+    assert torch.equal(m(x), plain(x))
+    if name!='convnext': assert torch.equal(m.train()(x), plain.train()(x)) and m.eval()
+    assert [k for k in keys(m) if k in before]==list(before)
+    assert not m.load_state_dict(before, strict=False).unexpected_keys
+    in_use(m, x)
+    remove_attn(m)
+    assert same_state(m.state_dict(), before) and not any(o._forward_hooks or isinstance(o, Attended) for o in m.modules())
+    assert torch.equal(m(x), make(name)(x))
+
+@models
+def test_places(name):
+    "Both places of one block at once, told apart in sites, state and folders"
+    m = insert_attn(insert_attn(make(name), 'ssa', stages=[2]), 'eca' if name=='convnext' else 'ssa', stages=[2], at='block')
+    sites = [o for o in attn_sites(m) if o.attn]
+    if name=='convnext': assert [o.attn for o in sites]==[['ssa','eca']]
+    else:
+        assert [(o.stage,o.attn,o.channels) for o in sites]==[(2,['ssa'],128)]*2
+        assert sites[0].module.startswith(sites[1].module+'.')
+    assert len(attn_layers(m))==2 and all(o.stage for o in sites)
+    remove_attn(m, 2)
+    assert keys(m)==keys(make(name))
+    with pytest.raises(ValueError, match="Known: branch, block"): insert_attn(m, at='blocks')
+
+@models
+@at_both
+@pytest.mark.parametrize('convert', [nn.SyncBatchNorm.convert_sync_batchnorm,convert_sync_batchnorm,freeze_batch_norm_2d,lambda m: unfreeze_batch_norm_2d(freeze_batch_norm_2d(m))],
+    ids=['sync','timm_sync','freeze','unfreeze'])
+def test_converted_norms(name, at, convert):
+    x = images()
+    m = wake(insert_attn(make(name), 'ssa', stages='all', at=at), 1e-4)
+    y,names = m(x),keys(m)
+    m = convert(m).eval()
+    torch.testing.assert_close(m(x), y, rtol=1e-4, atol=1e-5)
+    assert [k for k in names if 'num_batches' not in k]==[k for k in keys(m) if 'num_batches' not in k]
+    in_use(m, x)
+    for copied in (copy.deepcopy(m),pickle.loads(pickle.dumps(m))): in_use(copied, x)
+
+@models
+@at_both
+@pytest.mark.parametrize('attn', ['ssa','positional'])
+def test_is_no_norm(name, at, attn):
+    "fastai counts no weight of attention among the norms, of which it decays none and trains all"
+    m = insert_attn(make(name), attn, stages=2, at=at)
+    ids = {id(p) for p in norm_bias_params(m)}
+    inside = {id(p): k for o in attn_layers(m) for k,p in o.named_parameters()}
+    assert all(k.endswith('bias') for i,k in inside.items() if i in ids)
+    assert len({id(p) for p in norm_bias_params(make(name))}) + sum(k.endswith('bias') for k in inside.values())==len(ids)
+
+@models
+@at_both
+def test_fastais_init(name, at):
+    "fastai's initialisation goes through a model with attention"
+    m = insert_attn(make(name), 'ssa', stages='all', at=at)
+    apply_init(m, nn.init.kaiming_normal_)
+    assert len(attn_layers(m))==4
+
+@models
+@at_both
+def test_frozen_learner(name, at, few):
+    "With a splitter that puts attention first, frozen attention does not train; it decays, but for its gain"
+    def splitter(m):
+        first = {id(p) for o in attn_layers(m) for p in o.parameters()}
+        return L([p for p in m.parameters() if id(p) in first], [p for p in m.parameters() if id(p) not in first])
+    m = wake(insert_attn(make(name), 'ssa', stages='all', at=at))
+    learn = Learner(few, m, loss_func=nn.CrossEntropyLoss(), splitter=splitter, cbs=NoWeightDecay())
+    learn.freeze()
+    before = [p.clone() for o in attn_layers(m) for p in o.parameters()]
+    with learn.no_bar(),learn.no_logging(): learn.fit(1)
+    assert all(torch.equal(p, q) for p,q in zip(before, (p for o in attn_layers(m) for p in o.parameters())))
+    learn.unfreeze()
+    with learn.no_bar(),learn.no_logging(): learn.fit(1)
+    for o in attn_layers(m): assert learn.opt.state[o.gamma]['do_wd'] is False and learn.opt.state[o.weight].get('do_wd', True)
+
+@pytest.fixture(scope='module')
+def few():
+    from fastai.basics import DataLoaders
+    x,y = images(8),torch.arange(8)%4
+    return DataLoaders.from_dsets(list(zip(x, y)), list(zip(x, y)), bs=4, num_workers=0)
+
+@models
+@at_both
+def test_inserted_into_compiled(name, at):
+    "Code that was compiled before is made anew, for the model and for a function that calls it"
+    m,x = make(name),images()
+    def double(x): return 2*m(x)
+    compiled = torch.compile(double, backend='aot_eager')
+    whole = torch.compile(m, backend='aot_eager')
+    m.compile(backend='aot_eager')
+    with torch.no_grad():
+        y = m(x)
+        whole(x),compiled(x)
+        wake(insert_attn(m, 'ssa', stages=[2], at=at), 1.)
+        z = m.forward(x) # not compiled
+        assert not torch.allclose(z, y, atol=1e-3)
+        for o in (m(x),whole(x),compiled(x)/2): torch.testing.assert_close(o, z, rtol=1e-3, atol=1e-4)
+        remove_attn(m)
+        torch.testing.assert_close(m(x), y, rtol=1e-3, atol=1e-4)
+
+@models
+@at_both
+def test_torch_export(name, at):
+    m,x = wake(insert_attn(make(name), 'ssa', stages=[1,3], at=at)),images()
+    graph = torch.export.export(m, (x,)).module()
+    torch.testing.assert_close(graph(x), m(x), rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(graph(x), remove_attn(m)(x), atol=1e-4)
+
+@models
+@at_both
+@pytest.mark.parametrize('attn', ['ssa','ssa_sym','sa','positional','local'])
+def test_channels_last(name, at, attn):
+    "A training step in channels_last, with the additions in place that ResNets have behind the attention"
+    m = wake(insert_attn(make(name), attn, stages=[2,3], at=at), 0.1).train()
+    m = m.to(memory_format=torch.channels_last)
+    m(images().to(memory_format=torch.channels_last)).square().sum().backward()
+    assert all(p.grad.abs().sum()>0 for p in gains(m))
+
+@pytest.mark.parametrize('folder', ['bottleneck','squeeze'])
+def test_old_folders(folder):
+    "Folders of version 0.1: attention was a child of batch norms then, with the same names"
+    path = Path(__file__).parent/'folders'/folder
+    m,seen = load_model(path).eval(),load_file(path/'seen.safetensors')
+    torch.testing.assert_close(m(seen['x']), seen['y'], rtol=1e-5, atol=1e-6)
+    assert len(attn_layers(m))==4 and set(keys(m))==set(load_file(path/'model.safetensors'))
+
+@pytest.mark.parametrize('name', ['timm','convnext'])
+@at_both
+def test_folder(name, at, tmp_path):
+    m = wake(insert_attn(make(name), 'ssa', stages=[1,3], at=at))
+    save_model(m, tmp_path)
+    assert torch.equal(load_model(tmp_path).eval()(images()), m(images()))
+
+@pytest.mark.parametrize('ndim', [1,3])
+@at_both
+@pytest.mark.parametrize('attn', ['ssa','sa','positional','local'])
+def test_ndim(ndim, at, attn):
+    "Series and volumes; a series may be as long as it has channels"
+    m = trained(xresnet18(n_out=2, ndim=ndim, widen=0.25))
+    x = torch.randn(2, 3, *[64 if ndim==1 else 32]*ndim)
+    y = m(x)
+    assert torch.equal(insert_attn(m, attn, stages=1, at=at)(x), y)
+    in_use(m, x, 1)
+
+def test_series_are_no_tokens():
+    "(B, C, N) with N = C at the place behind a block"
+    m = insert_attn(xresnet18(n_out=2, ndim=1, widen=0.25).eval(), lambda _: Rows(), at='block')
+    m(torch.randn(1, 3, 64)) # 16 channels, 16 positions
+class Rows(nn.Module):
+    def forward(self, x): return x+torch.arange(x.shape[1]).view(1, -1, 1)
+
+def test_series_keep_their_axes():
+    from fastattn.models.insert import AttnAfter
+    x = torch.zeros(1, 4, 4)
+    after = AttnAfter(4, ndim=1)
+    after.append(Rows())
+    assert torch.equal(after(x)[0,:,0], torch.arange(4.))
+
+def test_ndim_of_timms():
+    with pytest.raises(ValueError, match="'se' is timm's, for images"): insert_attn(xresnet18(ndim=1), 'se')
+
+def test_any_layer_by_hand():
+    "Norms, activations and convolutions named by hand are held beside the attention"
+    for name in ('layer3.0.bn1','layer3.0.act1','layer3.0.conv1'):
+        m = wake(insert_attn(make('timm'), lambda _: SimpleSelfAttention(256), stages=name))
+        before = keys(m)
+        m = nn.SyncBatchNorm.convert_sync_batchnorm(m)
+        in_use(m, images(), 1)
+        assert keys(m)==before and attn_sites(m)[-1].module==name
+
+@pytest.mark.parametrize('stages,want', [('all',[1,2,3,4]), (-1,[4]), (np.int64(2),[2]), (np.array([1,-2]),[1,3]), ([],'stages is empty'), (0,'from -1, the last, to -4'), (-5,'got -5'), (True,'whole numbers'), (1.,'whole numbers')])
+def test_stages(stages, want):
+    m = make('timm')
+    if isinstance(want, str):
+        with pytest.raises(ValueError, match=want): insert_attn(m, stages=stages)
+    else: assert [o.stage for o in attn_sites(insert_attn(m, stages=stages)) if o.attn]==want
+
+def test_bad_arguments():
+    m = make('timm')
+    with pytest.raises(ValueError, match='blocks is empty'): insert_attn(m, blocks=[])
+    with pytest.raises(TypeError, match='a SimpleSelfAttention that is built'): insert_attn(m, SimpleSelfAttention(64))
+    assert not attn_layers(m)
+
+def test_squeeze_and_excitation():
+    "fastai's, when it was inserted, is an attention; when it belongs to the architecture, it is not"
+    from fastai.layers import SEModule
+    m = insert_attn(xresnet18(n_out=2), lambda n: SEModule(n, 16), stages=[1,2])
+    assert [o.attn for o in attn_sites(m) if o.attn]==[['SequentialEx']]*2 and len(attn_layers(copy.deepcopy(m)))==2
+    with pytest.raises(ValueError, match='already'): insert_attn(m, lambda n: SEModule(n, 16))
+    assert keys(remove_attn(m))==keys(xresnet18(n_out=2))
+
+families = dict(coat_tiny=4, crossvit_tiny_240=2, densenet121=4, hrnet_w18_small=4, mvitv2_tiny=4, rdnet_tiny=4, tnt_s_legacy_patch16_224=1, twins_svt_small=4)
+@pytest.mark.parametrize('arch', families)
+def test_table(arch):
+    "Families whose feature_info does not name their blocks: the number of stages, and each attention gets a gradient and counts"
+    torch.manual_seed(0)
+    m = trained(timm.create_model(arch, num_classes=4))
+    x = images(1, m.default_cfg['input_size'][1])
+    y = m(x)
+    assert torch.equal(insert_attn(m, stages='all')(x), y) and len(stages_of(m))==families[arch]
+    in_use(m, x, families[arch])
+
+@pytest.mark.parametrize('arch', ['test_vit','mvitv2_tiny','convnext_atto'])
+def test_features_only(arch):
+    m = timm.create_model(arch, features_only=True)
+    assert attn_layers(insert_attn(m, stages='all'))
