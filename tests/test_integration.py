@@ -265,3 +265,66 @@ def test_table(arch):
 def test_features_only(arch):
     m = timm.create_model(arch, features_only=True)
     assert attn_layers(insert_attn(m, stages='all'))
+
+def test_plain_architectures_only():
+    "Architectures with attention of their own are no baselines"
+    from fastattn.models.timm import attn_timm
+    from fastattn.models.xresnet import attn_xresnet,xresnet18_ssa
+    for build in (lambda: attn_timm('xresnet18_ssa', 'none'), lambda: attn_timm('xresnet18_ssa', stages=2), lambda: attn_xresnet(xresnet18_ssa)):
+        with pytest.raises(ValueError, match='xresnet18_ssa comes with SimpleSelfAttention'): build()
+
+def filled(m):
+    "As if attention had been trained"
+    for o in attn_layers(m):
+        for p in o.parameters(): nn.init.normal_(p)
+    return m
+
+@pytest.mark.parametrize('arch', ['test_resnet','test_convnext','xresnet18'])
+def test_transfer(arch, tmp_path):
+    "Weights of a model with attention start another: what fits is loaded, attention included, and what is left is said"
+    from fastattn.models.timm import attn_timm
+    from fastattn.models.xresnet import attn_xresnet
+    build = (lambda: attn_xresnet(arch, stages=[1,3], n_out=5, widen=0.25)) if arch=='xresnet18' else lambda: attn_timm(arch, stages=[1,3], num_classes=5)
+    source = filled(build())
+    save_model(source, tmp_path)
+    folder = f'local-dir:{tmp_path}'
+    m = attn_timm(folder, stages=[1,3], pretrained=True)
+    assert same_state(m.state_dict(), source.state_dict())
+    with pytest.warns(UserWarning, match=r'not loaded: .*weight.*as initialised: .*weight'): m = attn_timm(folder, stages=[1,3], pretrained=True, num_classes=3)
+    differ = [k for k,v in m.state_dict().items() if not torch.equal(v, source.state_dict()[k])]
+    assert differ and all(k.startswith(('fc','head','11')) for k in differ)
+    with pytest.warns(UserWarning, match='not loaded: .*gamma'): m = attn_timm(folder, stages=[1], pretrained=True, num_classes=5)
+    assert len(attn_layers(m))==1 and torch.equal(attn_layers(m)[0].gamma, attn_layers(source)[0].gamma)
+    m = attn_timm(folder, stages=[1,3], pretrained=True, in_chans=1)
+    assert not attn_layers(attn_timm(folder, 'none'))
+    assert torch.equal(attn_layers(m)[1].weight, attn_layers(source)[1].weight)
+
+def test_transfer_of_a_file(tmp_path):
+    from fastattn.models.timm import attn_timm
+    source = filled(attn_timm('test_resnet', stages=[1,3], num_classes=5))
+    torch.save(source.state_dict(), tmp_path/'w.pth')
+    def load(n, **kwargs): return attn_timm('test_resnet', pretrained=True, num_classes=n, pretrained_cfg_overlay=dict(file=str(tmp_path/'w.pth'), num_classes=5), **kwargs)
+    assert same_state(load(5, stages=[1,3]).state_dict(), source.state_dict())
+    m = load(3, stages=[1,3])
+    assert torch.equal(attn_layers(m)[1].weight, attn_layers(source)[1].weight) and torch.equal(m.layer1[0].conv1.weight, source.layer1[0].conv1.weight)
+    with pytest.warns(UserWarning, match='not loaded: layer3'): load(5, stages=[1])
+
+def test_what_a_folder_keeps(tmp_path, monkeypatch):
+    "Type, home folder, compiled models; what it does not keep is refused by name"
+    from fastai.layers import NormType
+    from fastattn.layers.dropconnect import to_dropconnect
+    from fastattn.models.timm import attn_timm
+    from fastattn.models.xresnet import attn_xresnet
+    m = attn_timm('test_resnet').bfloat16()
+    save_model(m, tmp_path/'a')
+    assert same_state(load_model(tmp_path/'a').state_dict(), m.state_dict()) and next(load_model(tmp_path/'a').parameters()).dtype==torch.bfloat16
+    monkeypatch.setenv('HOME', str(tmp_path))
+    save_model(m, '~/b')
+    assert (tmp_path/'b'/'config.json').exists() and load_model('~/b')
+    m = attn_xresnet('xresnet18', widen=0.25)
+    save_model(torch.compile(m), tmp_path/'c')
+    assert same_state(load_model(tmp_path/'c').state_dict(), m.state_dict())
+    for m,message in ((attn_xresnet('xresnet18', norm_type=NormType.Batch),'norm_type'), (to_dropconnect(attn_timm('test_resnet')),'DropConnect'), (xresnet18(),'learn.export')):
+        with pytest.raises(ValueError, match=message): save_model(m, tmp_path/'d')
+    timm.models.save_for_hf(attn_timm('test_resnet'), tmp_path/'e', safe_serialization=True)
+    with pytest.raises(ValueError, match='does not say of which'): load_model(tmp_path/'e')
