@@ -11,8 +11,10 @@ from torch import nn
 from torchvision import models as tv
 from fastattn.callback import NoWeightDecay
 from fastattn.layers.simple import SimpleSelfAttention
-from fastattn.models.insert import Attended,attn_layers,attn_sites,attns,insert_attn,places,remove_attn,stages_of
-from fastattn.models.timm import load_model,save_model
+from fastattn.models.insert import AttnAfter,Attended,attn_layers,attn_sites,attns,insert_attn,places,remove_attn,stages_of
+from fastattn.learner import dropconnect_learner,positional_learner,projection_learner,ssa_learner
+from fastattn.models.timm import attn_timm,load_model,save_model
+from fastattn.models.xresnet import attn_xresnet,xresnet18_deep_ssa,xresnet18_ssa,xresnet18_ssa_sym
 
 builders = dict(
     xresnet=lambda: xresnet18(n_out=4),
@@ -211,7 +213,6 @@ class Rows(nn.Module):
     def forward(self, x): return x+torch.arange(x.shape[1]).view(1, -1, 1)
 
 def test_series_keep_their_axes():
-    from fastattn.models.insert import AttnAfter
     x = torch.zeros(1, 4, 4)
     after = AttnAfter(4, ndim=1)
     after.append(Rows())
@@ -268,8 +269,6 @@ def test_features_only(arch):
 
 def test_plain_architectures_only():
     "Architectures with attention of their own are no baselines"
-    from fastattn.models.timm import attn_timm
-    from fastattn.models.xresnet import attn_xresnet,xresnet18_ssa
     for build in (lambda: attn_timm('xresnet18_ssa', 'none'), lambda: attn_timm('xresnet18_ssa', stages=2), lambda: attn_xresnet(xresnet18_ssa)):
         with pytest.raises(ValueError, match='xresnet18_ssa comes with SimpleSelfAttention'): build()
 
@@ -282,8 +281,6 @@ def filled(m):
 @pytest.mark.parametrize('arch', ['test_resnet','test_convnext','xresnet18'])
 def test_transfer(arch, tmp_path):
     "Weights of a model with attention start another: what fits is loaded, attention included, and what is left is said"
-    from fastattn.models.timm import attn_timm
-    from fastattn.models.xresnet import attn_xresnet
     build = (lambda: attn_xresnet(arch, stages=[1,3], n_out=5, widen=0.25)) if arch=='xresnet18' else lambda: attn_timm(arch, stages=[1,3], num_classes=5)
     source = filled(build())
     save_model(source, tmp_path)
@@ -300,7 +297,6 @@ def test_transfer(arch, tmp_path):
     assert torch.equal(attn_layers(m)[1].weight, attn_layers(source)[1].weight)
 
 def test_transfer_of_a_file(tmp_path):
-    from fastattn.models.timm import attn_timm
     source = filled(attn_timm('test_resnet', stages=[1,3], num_classes=5))
     torch.save(source.state_dict(), tmp_path/'w.pth')
     def load(n, **kwargs): return attn_timm('test_resnet', pretrained=True, num_classes=n, pretrained_cfg_overlay=dict(file=str(tmp_path/'w.pth'), num_classes=5), **kwargs)
@@ -313,8 +309,6 @@ def test_what_a_folder_keeps(tmp_path, monkeypatch):
     "Type, home folder, compiled models; what it does not keep is refused by name"
     from fastai.layers import NormType
     from fastattn.layers.dropconnect import to_dropconnect
-    from fastattn.models.timm import attn_timm
-    from fastattn.models.xresnet import attn_xresnet
     m = attn_timm('test_resnet').bfloat16()
     save_model(m, tmp_path/'a')
     assert same_state(load_model(tmp_path/'a').state_dict(), m.state_dict()) and next(load_model(tmp_path/'a').parameters()).dtype==torch.bfloat16
@@ -328,3 +322,155 @@ def test_what_a_folder_keeps(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match=message): save_model(m, tmp_path/'d')
     timm.models.save_for_hf(attn_timm('test_resnet'), tmp_path/'e', safe_serialization=True)
     with pytest.raises(ValueError, match='does not say of which'): load_model(tmp_path/'e')
+
+def quiet_fit(learn, n=1, **kwargs):
+    with learn.no_bar(),learn.no_logging(): learn.fit(n, **kwargs)
+    return learn
+def arrays(shape, n=8): return list(zip(torch.randn(n, *shape, generator=torch.Generator().manual_seed(0)), torch.arange(n)%2))
+def loaders(shape, n_valid=8):
+    from fastai.basics import DataLoaders
+    return DataLoaders.from_dsets(arrays(shape), arrays(shape, n_valid), bs=4, num_workers=0)
+loss = dict(n_out=2, loss_func=nn.CrossEntropyLoss())
+
+@models
+@at_both
+def test_learner(name, at, few, tmp_path):
+    "Insertion into a Learner, training, saving, removal"
+    learn = Learner(few, make(name), loss_func=nn.CrossEntropyLoss(), path=tmp_path)
+    quiet_fit(learn)
+    learn.add_attn('ssa', stages=[1,3], at=at)
+    assert [o.stage for o in learn.attn_sites() if o.attn]==[1,3]
+    quiet_fit(learn, lr=1e-2)
+    assert all(o.gamma.item()!=0 for o in attn_layers(learn.model))
+    x,y = images(),learn.model.eval()(images())
+    learn.save('m')
+    for o in attn_layers(learn.model): nn.init.zeros_(o.gamma)
+    assert not torch.equal(learn.model.eval()(x), y) and torch.equal(learn.load('m').model.eval()(x), y)
+    n = sum(len(g['params']) if isinstance(g, dict) else len(g) for g in learn.opt.param_lists)
+    assert learn.remove_attn() is learn and not any(o.attn for o in learn.attn_sites())
+    assert sum(map(len, learn.opt.param_lists))==n-4
+    quiet_fit(learn)
+
+def test_learner_forgets_spans(few):
+    from fastattn.callback import SpanRecorder
+    learn = Learner(few, make('timm'), loss_func=nn.CrossEntropyLoss()).add_attn('positional', stages=3)
+    assert learn._grab_cbs(SpanRecorder)
+    quiet_fit(learn.remove_attn())
+
+@pytest.mark.parametrize('arch', ['xresnet18','resnet18','convnext_atto','torchvision'])
+def test_learner_places(arch, few):
+    learn = ssa_learner(few, tv.resnet18 if arch=='torchvision' else arch, stages='all', at='block', n_out=4, loss_func=nn.CrossEntropyLoss())
+    assert len(attn_layers(learn.model))==4
+    before = [o.gamma.clone() for o in attn_layers(learn.model)]
+    learn.freeze()
+    quiet_fit(learn, lr=1e-2)
+    assert all(not torch.equal(o.gamma, p) for o,p in zip(attn_layers(learn.model), before))
+
+@pytest.mark.parametrize('attn', ['ssa','positional','local'])
+@pytest.mark.parametrize('shape', [(2,64),(3,32,32),(1,32,32,32)])
+def test_dimensions_of_the_data(shape, attn):
+    "Series, images and volumes need no ndim and no c_in"
+    learn = quiet_fit(ssa_learner(loaders(shape), attn=attn, widen=0.25, **loss))
+    assert learn.model(torch.randn(1, *shape)).shape==(1,2)
+
+def test_no_validation_items():
+    from fastai.basics import DataLoaders
+    for dls in (loaders((3,32,32), 0), DataLoaders(loaders((3,32,32)).train)): assert ssa_learner(dls, widen=0.25, **loss).model[0][0].in_channels==3
+
+@pytest.mark.parametrize('kind', ['ssa','timm','torchvision','projection','dropconnect','positional'])
+def test_loaders_of_pytorch(kind):
+    "PyTorch's own DataLoader, as Learner takes it"
+    from fastai.basics import DataLoaders
+    from torch.utils.data import DataLoader
+    dls = DataLoaders(DataLoader(arrays((3,32,32)), batch_size=4), DataLoader(arrays((3,32,32)), batch_size=4))
+    build = dict(ssa=ssa_learner, timm=lambda dls,**kw: ssa_learner(dls, 'test_resnet', **kw), torchvision=lambda dls,**kw: ssa_learner(dls, tv.resnet18, **kw),
+        projection=projection_learner, dropconnect=dropconnect_learner, positional=lambda dls,**kw: positional_learner(dls, dim=8, depth=1, heads=2, span=2, **kw) )[kind]
+    learn = quiet_fit(build(dls, **loss))
+    assert learn.model.eval()(torch.randn(1, 3, 32, 32)).shape==(1,2)
+
+def test_normalise_loaders_of_pytorch(monkeypatch):
+    from fastai.basics import DataLoaders
+    from torch.utils.data import DataLoader
+    plain,ours = DataLoaders(*[DataLoader(arrays((3,32,32)), batch_size=4)]*2),loaders((3,32,32))
+    weights = tv.resnet18().state_dict()
+    monkeypatch.setattr(tv.ResNet18_Weights, 'get_state_dict', lambda self, *args, **kwargs: weights)
+    with pytest.raises(ValueError, match='normalize=False'): ssa_learner(plain, tv.resnet18, pretrained=True, **loss)
+    ssa_learner(plain, tv.resnet18, pretrained=True, normalize=False, **loss)
+    ssa_learner(ours, tv.resnet18, pretrained=True, normalize=False, **loss)
+    assert not ours.after_batch.fs
+    learn = ssa_learner(ours, tv.resnet18, pretrained=True, ps=0.1, n_in=3, **loss)
+    assert len(ours.after_batch.fs)==1 and not learn.model[0][0].weight.requires_grad and torch.equal(learn.model[0][0].weight, weights['conv1.weight'])
+
+def test_words_of_vision_learner():
+    dls = loaders((3,32,32))
+    learn = ssa_learner(dls, tv.resnet34, 'ssa_sym', stages=[1,-1], lin_ftrs=[16], ps=0., concat_pool=False, **loss)
+    assert 16 in [o.out_features for o in learn.model[1] if isinstance(o, nn.Linear)] and [o.stage for o in attn_sites(learn.model) if o.attn]==[1,4] and len(learn.splitter(learn.model))==3
+    with pytest.raises(ValueError, match="unknown option of vision_learner 'widen'"): ssa_learner(dls, tv.resnet18, widen=2, **loss)
+    for arch in ('xresnet18','resnet18'):
+        with pytest.raises(ValueError, match="'custom_head' is an option of vision_learner"): ssa_learner(dls, arch, custom_head=nn.Identity(), **loss)
+        assert next(ssa_learner(loaders((1,32,32)), arch, n_in=1, **loss).model.parameters()).shape[1]==1
+    for arch in ('xresnet18_ssa',xresnet18_ssa):
+        with pytest.raises(ValueError, match='xresnet18_ssa comes with SimpleSelfAttention'): ssa_learner(dls, arch, 'none', **loss)
+
+def test_tables():
+    from fastai.tabular.all import Categorify,CategoryBlock,TabularDataLoaders,tabular_learner
+    import pandas as pd
+    df = pd.DataFrame(dict(a=list('xyxyxyxy'), b=np.arange(8.), y=list('ppqqppqq')))
+    dls = TabularDataLoaders.from_df(df, procs=[Categorify], cat_names=['a'], cont_names=['b'], y_names='y', y_block=CategoryBlock(), bs=4, valid_idx=[6,7])
+    with pytest.raises(ValueError, match='tabular_learner.*to_dropconnect'): dropconnect_learner(dls)
+    quiet_fit(tabular_learner(dls).to_dropconnect())
+
+def test_vision_learner():
+    "fastai's own learner with our architectures: three groups, the attention in the last"
+    from fastai.vision.learner import vision_learner
+    for arch in (xresnet18_ssa_sym,xresnet18_deep_ssa):
+        learn = vision_learner(loaders((3,32,32)), arch, pretrained=False, **loss)
+        learn.freeze()
+        groups = learn.splitter(learn.model)
+        layer, = attn_layers(learn.model)
+        assert len(groups)==3 and {id(p) for p in layer.parameters()}<={id(p) for p in groups[-1]}
+        assert layer.gamma.requires_grad and not learn.model[0][0][0].weight.requires_grad
+        quiet_fit(learn, lr=1e-2)
+        assert layer.gamma.item()!=0
+
+def test_learner_from_a_folder(tmp_path):
+    for i,arch in enumerate(('test_resnet','xresnet18')):
+        source = ssa_learner(loaders((3,32,32)), arch, stages=2, **loss)
+        filled(source.model)
+        save_model(source, tmp_path/str(i))
+        with pytest.warns(UserWarning, match='not loaded'):
+            learn = ssa_learner(loaders((3,32,32)), f'local-dir:{tmp_path/str(i)}', 'ssa', stages=2, pretrained=True, n_out=3, loss_func=nn.CrossEntropyLoss())
+        a,b = attn_layers(learn.model)[0],attn_layers(source.model)[0]
+        assert torch.equal(a.gamma, b.gamma) and torch.equal(a.weight, b.weight) and len(learn.opt.param_lists)==3
+        assert not next(learn.model.parameters()).requires_grad and a.weight.requires_grad
+
+def segmentation(tmp_path):
+    "Digits on a canvas, and where their ink is, as files"
+    from PIL import Image
+    from sklearn.datasets import load_digits
+    from fastai.vision.all import SegmentationDataLoaders
+    for i,o in enumerate(load_digits().images[:12]):
+        ink = np.kron(o, np.ones((8,8)))/16
+        Image.fromarray(np.uint8(255*ink)).convert('RGB').save(tmp_path/f'{i}.png')
+        (tmp_path/'masks').mkdir(exist_ok=True)
+        Image.fromarray(np.uint8(ink>0.5)).save(tmp_path/'masks'/f'{i}.png')
+    files = [tmp_path/f'{i}.png' for i in range(12)]
+    return SegmentationDataLoaders.from_label_func(tmp_path, files, mask_of, codes=['paper','ink'], bs=4, num_workers=0)
+def mask_of(f): return f.parent/'masks'/f.name
+
+@pytest.mark.parametrize('how', ['arch','encoder','decoder'])
+def test_unet(how, tmp_path):
+    "Attention in the encoder by the architecture or by add_attn, and in the decoder by the names of its blocks; with export"
+    from fastai.basics import load_learner
+    from fastai.vision.learner import unet_learner
+    dls = segmentation(tmp_path)
+    learn = unet_learner(dls, xresnet18_ssa if how=='arch' else tv.resnet18, pretrained=False, n_out=2, path=tmp_path)
+    if how=='encoder': learn.add_attn('ssa', stages=[1,2])
+    if how=='decoder': learn.add_attn('ssa', stages=['layers.5','layers.6'])
+    layers = attn_layers(learn.model)
+    assert len(layers)==(1 if how=='arch' else 2)
+    losses = [quiet_fit(learn, lr=1e-3).recorder.values[-1][0] for _ in range(3)]
+    assert losses[-1]<losses[0] and all(o.gamma.item()!=0 for o in layers)
+    learn.export()
+    x = dls.valid.one_batch()[0]
+    assert torch.equal(load_learner(tmp_path/'export.pkl').model.eval()(x), learn.model.eval()(x))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['attns', 'places', 'GainedBranch', 'stages_of', 'AttnAfter', 'Attended', 'AttnSite', 'AttnSites', 'attn_sites',
-           'attn_layers', 'insert_attn', 'remove_attn']
+           'attn_layers', 'attn_last', 'insert_attn', 'remove_attn']
 
 # %% ../../nbs/models/00_insert.ipynb #06f56b20
 import re,sys,torch
@@ -19,6 +19,7 @@ from fastai.layers import ConvLayer,ResBlock,SelfAttention,SequentialEx
 from fastai.torch_core import norm_types
 from timm.layers import FrozenBatchNormAct2d,create_attn
 from timm.models import resnet as timm_resnet
+from fastcore.foundation import L
 from torch import nn
 from torchvision.models import resnet as torchvision_resnet
 from ..core import check_name,did_you_mean,md_cells
@@ -286,6 +287,18 @@ def attn_layers(
 )->list: # Its attention layers
     "What was inserted into `model`, in the order of its sites"
     return [o for s in attn_sites(model) for o in _there(model.get_submodule(s.module))]
+
+# %% ../../nbs/models/00_insert.ipynb #c0de0002
+def attn_last(
+    splitter, # Model -> groups of parameters
+    model:nn.Module # A model with attention in it
+)->L: # Groups of parameters
+    "The groups of `splitter`, with the attention of `model` in the last"
+    groups,attn = L(splitter(model)),[p for o in attn_layers(model) for p in o.parameters()]
+    if isinstance(groups[0], nn.Parameter): return groups # one group
+    known = {id(p) for p in attn}
+    *rest,head = ([p for p in g if id(p) not in known] for g in groups)
+    return L(*rest, head+attn)
 
 # %% ../../nbs/models/00_insert.ipynb #1ce5ded3
 def _listify(o): return list(o) if isinstance(o, Collection) and not isinstance(o, str) else [o]

@@ -13,10 +13,12 @@ __all__ = ['archs', 'check_plain', 'attn_xresnet', 'xresnet18_ssa', 'xresnet18_s
 # %% ../../nbs/models/01_xresnet.ipynb #fef46da1
 import inspect
 from torch import nn
+from functools import partial
+from fastai.vision.learner import model_meta
 from fastai.vision.models import xresnet as fastai_xresnet
 from fastai.vision.models.xresnet import *
 from ..core import check_name
-from .insert import attn_layers,insert_attn
+from .insert import attn_last,attn_layers,insert_attn
 
 # %% ../../nbs/models/01_xresnet.ipynb #27a0fcd3
 _broken = {'xsenet154'} # cannot be built in fastai 2.8: it hands the stages to the wrong parameter
@@ -78,3 +80,14 @@ def xresnet34_deeper_ssa(pretrained=False, **kwargs): return attn_xresnet(xresne
 def xresnet34_deeper_ssa_sym(pretrained=False, **kwargs): return attn_xresnet(xresnet34_deeper, 'ssa_sym', pretrained=pretrained, **kwargs)
 def xresnet50_deeper_ssa(pretrained=False, **kwargs): return attn_xresnet(xresnet50_deeper, 'ssa', pretrained=pretrained, **kwargs)
 def xresnet50_deeper_ssa_sym(pretrained=False, **kwargs): return attn_xresnet(xresnet50_deeper, 'ssa_sym', pretrained=pretrained, **kwargs)
+
+def _describe(f):
+    "What `help(f)` says; and what `vision_learner` and `unet_learner` want to know of the architecture `f`"
+    arch,attn = f.__name__.split('_ssa')[0],'symmetric simple self-attention' if f.__name__.endswith('_sym') else 'simple self-attention'
+    f.__doc__ = f"{arch} with {attn}; `stages`, `blocks` and `at` as for `insert_attn`, all others are `XResNet`'s"
+    named = [o.replace(kind=o.KEYWORD_ONLY) for o in inspect.signature(attn_xresnet).parameters.values() if o.name in ('stages','blocks','at')]
+    theirs = [o.replace(kind=o.KEYWORD_ONLY) for o in inspect.signature(XResNet).parameters.values() if o.name in _options]
+    f.__signature__ = inspect.signature(f).replace(parameters=[inspect.signature(f).parameters['pretrained'],*named,*theirs])
+    model_meta[f] = {**model_meta[xresnet18], 'split': partial(attn_last, model_meta[xresnet18]['split'])}
+
+for o in [v for k,v in globals().items() if k.endswith(('_ssa','_ssa_sym'))]: _describe(o)
