@@ -474,3 +474,39 @@ def test_unet(how, tmp_path):
     learn.export()
     x = dls.valid.one_batch()[0]
     assert torch.equal(load_learner(tmp_path/'export.pkl').model.eval()(x), learn.model.eval()(x))
+
+xresnets = timm.list_models('xresnet*ssa*')
+
+@pytest.mark.parametrize('name', [o for o in xresnets if '18' in o or o=='xresnet50_ssa'])
+def test_interface_of_timm(name):
+    "What timm's own tests ask of its models: configuration, head, pooling, groups, intermediates, checkpointing, pruning"
+    torch.manual_seed(0)
+    m = trained(timm.create_model(name, widen=0.5))
+    cfg,sd = m.default_cfg,m.state_dict()
+    x = torch.randn(1, *cfg['input_size'])
+    y,maps = m(x),m.forward_features(x)
+    assert y.shape==(1,m.num_classes) and tuple(maps.shape[-2:])==cfg['pool_size'] and maps.shape[1]==m.num_features
+    assert f"{cfg['classifier']}.weight" in sd and f"{cfg['first_conv']}.weight" in sd and m.get_classifier(name_only=True)==cfg['classifier']
+    n = len(m.feature_info)
+    final,taken = m.forward_intermediates(x)
+    assert torch.equal(final, maps) and [o.shape[1] for o in taken]==[o['num_chs'] for o in m.feature_info] and torch.equal(taken[-1], maps)
+    assert [o.shape for o in m.forward_intermediates(x, [0,2], stop_early=True, intermediates_only=True)]==[taken[0].shape,taken[2].shape]
+    groups = timm.models.group_parameters(m, m.group_matcher(coarse=True))
+    assert len(groups)==n+1 and sum(map(len, groups.values()))==len(list(m.parameters()))
+    fine = timm.models.group_parameters(m, m.group_matcher())
+    assert len(fine)==1+sum(map(len, stages_of(m)))+1
+    y.square().sum().backward()
+    grads = [p.grad for p in m.parameters()]
+    m.zero_grad()
+    m.set_grad_checkpointing()
+    m(x).square().sum().backward()
+    for p,g in zip(m.parameters(), grads): torch.testing.assert_close(p.grad, g, rtol=1e-3, atol=1e-4*g.abs().max().item())
+    m.reset_classifier(0)
+    assert m(x).shape==(1,m.num_features)==(1,m.head_hidden_size)
+    m.reset_classifier(0, '')
+    assert torch.equal(m(x), maps)
+    m.reset_classifier(7, 'max')
+    assert m(x).shape==(1,7)
+    with pytest.raises(ValueError, match='unknown global_pool'): m.reset_classifier(7, 'mean')
+    assert timm.create_model(name, num_classes=0, global_pool='', widen=0.5).eval()(x).shape==maps.shape
+    assert m.prune_intermediate_layers([1])==[1] and m(x).shape==taken[1].shape

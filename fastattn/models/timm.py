@@ -6,16 +6,16 @@
 __all__ = ['attn_timm', 'AttnXResNet', 'save_model', 'load_model']
 
 # %% ../../nbs/models/05_timm.ipynb #4efd1857
-import json,re,sys,tempfile,timm,torch,warnings
+import json,math,re,sys,tempfile,timm,torch,warnings
 from pathlib import Path
 from safetensors.torch import load_file,save
 from torch import nn
 from fastai import layers as fastai_layers
-from timm.models import adapt_input_conv,build_model_with_cfg,generate_default_cfgs,load_state_dict,register_model
+from timm.models import adapt_input_conv,build_model_with_cfg,checkpoint_seq,generate_default_cfgs,load_state_dict,register_model
+from timm.models._features import feature_take_indices
 from timm.models._hub import save_config_for_hf
-from timm.models._manipulate import checkpoint_seq
 from timm.models._registry import split_model_name_tag
-from ..core import did_you_mean,write_atomic
+from ..core import check_name,did_you_mean,write_atomic
 from ..layers.dropconnect import DropConnect
 from . import xresnet
 from .insert import attn_layers,attn_sites,attns,insert_attn,remove_attn
@@ -82,8 +82,10 @@ def attn_timm(
     return model
 
 # %% ../../nbs/models/05_timm.ipynb #85df2cba
+_pools = {'avg': nn.AdaptiveAvgPool2d, 'max': nn.AdaptiveMaxPool2d}
+
 class AttnXResNet(nn.Sequential):
-    "An xresnet with attention as timm wants it: `feature_info`, `forward_features`, `reset_classifier`. A `ValueError` as for `attn_xresnet`"
+    "An xresnet with attention, with the interface of timm's ResNets. A `ValueError` as for `attn_xresnet`, and for an unknown `global_pool`"
     def __init__(self,
         arch, # One of fastai's xresnets: its name, or the function
         attn='ssa', # As for `insert_attn`
@@ -92,26 +94,47 @@ class AttnXResNet(nn.Sequential):
         num_classes:int=1000, # Outputs; 0 for features
         in_chans:int=3, # Input channels
         drop_rate:float=0., # Dropout before the last layer
+        global_pool:str='avg', # 'avg', 'max', or '' for maps
+        at:str='branch', # As for `insert_attn`
         **kwargs # `attn_xresnet`'s: act_cls, widen, ...
     ):
-        super().__init__(*attn_xresnet(arch, attn, stages, blocks, n_out=num_classes or 1, c_in=in_chans, p=drop_rate, **kwargs))
-        self.num_classes,self.num_features = num_classes,self[-1].in_features
-        self.head_hidden_size = self.num_features
-        if not num_classes: self.reset_classifier(0)
+        super().__init__(*attn_xresnet(arch, attn, stages, blocks, at, n_out=num_classes or 1, c_in=in_chans, p=drop_rate, **kwargs))
+        self.num_classes,self.num_features,self.drop_rate = num_classes,self[-1].in_features,drop_rate
+        self.head_hidden_size,self.global_pool,self.grad_checkpointing = self.num_features,'avg',False
+        if not num_classes or global_pool!='avg': self.reset_classifier(num_classes, global_pool)
         stride,widths = kwargs.get('stride', 2),{o.stage: o.channels for o in attn_sites(self)}
         self.feature_info = [dict(num_chs=self[2][0].out_channels, reduction=stride, module='2')]
         self.feature_info += [dict(num_chs=c, reduction=stride**(s+1), module=str(3+s)) for s,c in widths.items()]
 
-    def get_classifier(self): return self[-1]
+    def _stages(self): return list(self)[4:-4]
+
+    def group_matcher(self, coarse=False):
+        "Patterns of names for groups of parameters: stem, and stages or blocks"
+        stages = '|'.join(str(i) for i in range(4, len(self)-4))
+        return dict(stem=r'^[0-2]\.', blocks=rf'^({stages})\.' if coarse else rf'^({stages})\.(\d+)')
+
+    def set_grad_checkpointing(self, enable=True):
+        "Compute the blocks anew in backward instead of keeping what they hold?"
+        self.grad_checkpointing = enable
+
+    def get_classifier(self, name_only=False): return str(len(self)-1) if name_only else self[-1]
 
     def reset_classifier(self, num_classes, global_pool=None):
-        "A new last layer for `num_classes`; 0 for none"
+        "A new last layer for `num_classes`; 0 for none. `global_pool` 'avg', 'max', or '' for maps"
+        if global_pool is not None:
+            check_name(global_pool, ['',*_pools], 'global_pool')
+            self.global_pool = global_pool
+            self[-4],self[-3] = (_pools[global_pool](1),nn.Flatten()) if global_pool else (nn.Identity(),nn.Identity())
+        p = next(self.parameters())
         self.num_classes = num_classes
-        self[-1] = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+        self[-1] = nn.Linear(self.num_features, num_classes, device=p.device, dtype=p.dtype) if num_classes else nn.Identity()
+
+    def _run(self, stage, x): return checkpoint_seq(stage, x) if self.grad_checkpointing else stage(x)
 
     def forward_features(self, x):
         "Feature maps, before pooling"
-        for m in list(self)[:-4]: x = m(x)
+        for m in list(self)[:4]: x = m(x)
+        for m in self._stages(): x = self._run(m, x)
         return x
 
     def forward_head(self, x, pre_logits=False):
@@ -119,10 +142,39 @@ class AttnXResNet(nn.Sequential):
         for m in list(self)[-4:len(self)-pre_logits]: x = m(x)
         return x
 
-def _cfg(**kwargs): return dict(input_size=(3,224,224), pool_size=(7,7), crop_pct=0.875, interpolation='bicubic', mean=(0.485,0.456,0.406), std=(0.229,0.224,0.225), first_conv='0.0', classifier='11', **kwargs)
+    def forward(self, x): return self.forward_head(self.forward_features(x))
+
+    def forward_intermediates(self, x, indices=None, norm=False, stop_early=False, output_fmt='NCHW', intermediates_only=False):
+        "Feature maps, and those of the stem (0) and the stages that `indices` names, or of the last so many"
+        if output_fmt!='NCHW': raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}")
+        stages = self._stages()
+        taken,last = feature_take_indices(len(stages)+1, indices)
+        for m in list(self)[:3]: x = m(x)
+        maps = [x] if 0 in taken else []
+        x = self[3](x)
+        for i,m in enumerate(stages[:last] if stop_early else stages, 1):
+            x = self._run(m, x)
+            if i in taken: maps.append(x)
+        return maps if intermediates_only else (x,maps)
+
+    def prune_intermediate_layers(self, indices=1, prune_norm=False, prune_head=True):
+        "Drop the stages behind those of `indices`, and the head; returns what was kept"
+        n = len(self._stages())
+        taken,last = feature_take_indices(n+1, indices)
+        for i in range(last, n): self[4+i] = nn.Sequential()
+        if last<n: self.num_features = self.head_hidden_size = self.feature_info[last]['num_chs']
+        if prune_head or last<n: self.reset_classifier(0, '')
+        return taken
 
 _names = [o for o in xresnet.__all__ if o.endswith(('_ssa','_ssa_sym'))]
-sys.modules[__name__].default_cfgs = generate_default_cfgs({o: _cfg() for o in _names}) # where timm looks for them
+
+def _cfg(name):
+    "What timm keeps of a model; the deep ones have more stages"
+    n = 8 if '_deeper' in name else 6 if '_deep' in name else 4
+    return dict(input_size=(3,224,224), pool_size=(math.ceil(224/2**(n+1)),)*2, crop_pct=0.875, interpolation='bicubic', mean=(0.485,0.456,0.406), std=(0.229,0.224,0.225),
+        num_classes=1000, first_conv='0.0', classifier=str(n+7))
+
+sys.modules[__name__].default_cfgs = generate_default_cfgs({o: _cfg(o) for o in _names}) # where timm looks for them
 
 def _register(name):
     arch,attn = name.split('_ssa')[0],'ssa_sym' if name.endswith('_sym') else 'ssa'
