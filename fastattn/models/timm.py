@@ -18,7 +18,7 @@ from timm.models._registry import split_model_name_tag
 from ..core import check_name,did_you_mean,write_atomic
 from ..layers.dropconnect import DropConnect
 from . import xresnet
-from .insert import attn_layers,attn_sites,attns,insert_attn,remove_attn
+from .insert import attn_sites,attns,insert_attn,remove_attn
 from .xresnet import archs,attn_xresnet,check_plain
 
 # %% ../../nbs/models/05_timm.ipynb #5cda580b
