@@ -181,7 +181,7 @@ def test_bad(kwargs, message):
 
 def test_bad_places():
     with pytest.raises(ValueError, match="stages='features.8'"): insert_attn(nn.Sequential(nn.Conv2d(3, 3, 1)))
-    with pytest.raises(ValueError, match='in a way of its own'): insert_attn(timm.create_model('densenet121'))
+    with pytest.raises(ValueError, match='in a way of its own'): insert_attn(timm.create_model('densenet121'), stages='features.denseblock1')
     with pytest.raises(ValueError, match='does not tell'): insert_attn(make('resnet18'), stages='act1')
     m = insert_attn(make('resnet18'), lambda _: SimpleSelfAttention(64), stages='act1')
     assert torch.equal(m(x := torch.randn(1, 3, 64, 64)), make('resnet18')(x))

@@ -6,18 +6,20 @@
 __all__ = ['attn_timm', 'AttnXResNet', 'save_model', 'load_model']
 
 # %% ../../nbs/models/05_timm.ipynb #4efd1857
-import json,re,sys,tempfile,timm,torch
+import json,math,re,sys,tempfile,timm,torch,warnings
 from pathlib import Path
 from safetensors.torch import load_file,save
 from torch import nn
 from fastai import layers as fastai_layers
-from timm.models import build_model_with_cfg,generate_default_cfgs,register_model
+from timm.models import adapt_input_conv,build_model_with_cfg,checkpoint_seq,generate_default_cfgs,load_state_dict,register_model
+from timm.models._features import feature_take_indices
 from timm.models._hub import save_config_for_hf
 from timm.models._registry import split_model_name_tag
-from ..core import did_you_mean,write_atomic
+from ..core import check_name,did_you_mean,write_atomic
+from ..layers.dropconnect import DropConnect
 from . import xresnet
 from .insert import attn_sites,attns,insert_attn,remove_attn
-from .xresnet import archs,attn_xresnet
+from .xresnet import archs,attn_xresnet,check_plain
 
 # %% ../../nbs/models/05_timm.ipynb #5cda580b
 def _check_arch(arch):
@@ -35,21 +37,55 @@ def _create(arch, pretrained, kwargs):
         if not pretrained: raise
         raise ValueError(f"the weights of {arch} could not be loaded ({type(e).__name__}: {e}). pretrained=False starts from random ones; pretrained_cfg_overlay=dict(file='...') reads a file") from e
 
+# %% ../../nbs/models/05_timm.ipynb #b17d0001
+def _is_attn_key(k): return '.fastattn.' in f'.{k}'
+
+def _load_fitting(model, weights, source):
+    "Load those of `weights` that `model` has in the same shape; a warning says what was left"
+    own,first = model.state_dict(),next(iter(dict(model.named_parameters())))
+    if first in weights and weights[first].dim()==4 and weights[first].shape[1]==3: # images of another number of channels
+        weights = {**weights, first: adapt_input_conv(own[first].shape[1], weights[first])}
+    fits = {k: v for k,v in weights.items() if k in own and v.shape==own[k].shape}
+    if not fits: raise ValueError(f"no weight of {source} fits the model, by name and shape")
+    model.load_state_dict(fits, strict=False)
+    left,new = [k for k in weights if k not in fits],[k for k in own if k not in fits]
+    if left or new: warnings.warn(f"of {source} not loaded: {', '.join(left) or 'nothing'}; as initialised: {', '.join(new) or 'nothing'}")
+
+def _attention_of_file(kwargs):
+    "Take the weights of attention out of the file in `kwargs`, if it has any: timm knows nothing of them"
+    overlay = kwargs.get('pretrained_cfg_overlay') or {}
+    if 'file' not in overlay or not Path(overlay['file']).is_file(): return {}
+    weights = load_state_dict(overlay['file'])
+    attention = {k: v for k,v in weights.items() if _is_attn_key(k)}
+    if attention: kwargs['pretrained_cfg_overlay'] = {**overlay, 'state_dict': {k: v for k,v in weights.items() if k not in attention}}
+    return attention
+
 def attn_timm(
     arch:str, # A timm model, with or without the tag of its weights; 'hf-hub:...' and 'local-dir:...' too
     attn='ssa', # A name from `fastattn.models.insert.attns`, or any callable: number of channels -> module
-    stages=1, # One stage or several, counted from 1; or names of modules
-    blocks='last', # 'last', 'first', 'all', or one index or several within each stage
-    pretrained:bool=False, # Load timm's weights?
+    stages=1, # As for `insert_attn`
+    blocks='last', # As for `insert_attn`
+    pretrained:bool=False, # Load timm's weights? Of a folder of `save_model`, or a file with attention, whatever fits, attention included
+    at:str='branch', # As for `insert_attn`
     **kwargs # `timm.create_model`'s: num_classes, in_chans, drop_rate, features_only ...
 )->nn.Module:
     "A timm model with `attn` in it. A `ValueError` for unknown names, options, stages or blocks, and for weights that cannot be loaded"
+    source,_,path = arch.partition(':')
+    if source=='local-dir' and _is_ours(path): return _from_folder(path, pretrained, kwargs, attn=attn, stages=stages, blocks=blocks, at=at)
     if ':' not in arch: _check_arch(arch)
-    return insert_attn(_create(arch, pretrained, kwargs), attn, stages, blocks)
+    attention = _attention_of_file(kwargs) if pretrained else {}
+    model = insert_attn(check_plain(_create(arch, pretrained, kwargs), arch), attn, stages, blocks, at)
+    if not attention: return model
+    model.pretrained_cfg.pop('state_dict', None)
+    missing = model.load_state_dict(attention, strict=False)
+    if left := missing.unexpected_keys: warnings.warn(f"of {kwargs['pretrained_cfg_overlay']['file']} not loaded: {', '.join(left)}")
+    return model
 
 # %% ../../nbs/models/05_timm.ipynb #85df2cba
+_pools = {'avg': nn.AdaptiveAvgPool2d, 'max': nn.AdaptiveMaxPool2d}
+
 class AttnXResNet(nn.Sequential):
-    "An xresnet with attention as timm wants it: `feature_info`, `forward_features`, `reset_classifier`. A `ValueError` as for `attn_xresnet`"
+    "An xresnet with attention, with the interface of timm's ResNets. A `ValueError` as for `attn_xresnet`, and for an unknown `global_pool`"
     def __init__(self,
         arch, # One of fastai's xresnets: its name, or the function
         attn='ssa', # As for `insert_attn`
@@ -58,26 +94,47 @@ class AttnXResNet(nn.Sequential):
         num_classes:int=1000, # Outputs; 0 for features
         in_chans:int=3, # Input channels
         drop_rate:float=0., # Dropout before the last layer
+        global_pool:str='avg', # 'avg', 'max', or '' for maps
+        at:str='branch', # As for `insert_attn`
         **kwargs # `attn_xresnet`'s: act_cls, widen, ...
     ):
-        super().__init__(*attn_xresnet(arch, attn, stages, blocks, n_out=num_classes or 1, c_in=in_chans, p=drop_rate, **kwargs))
-        self.num_classes,self.num_features = num_classes,self[-1].in_features
-        self.head_hidden_size = self.num_features
-        if not num_classes: self.reset_classifier(0)
+        super().__init__(*attn_xresnet(arch, attn, stages, blocks, at, n_out=num_classes or 1, c_in=in_chans, p=drop_rate, **kwargs))
+        self.num_classes,self.num_features,self.drop_rate = num_classes,self[-1].in_features,drop_rate
+        self.head_hidden_size,self.global_pool,self.grad_checkpointing = self.num_features,'avg',False
+        if not num_classes or global_pool!='avg': self.reset_classifier(num_classes, global_pool)
         stride,widths = kwargs.get('stride', 2),{o.stage: o.channels for o in attn_sites(self)}
         self.feature_info = [dict(num_chs=self[2][0].out_channels, reduction=stride, module='2')]
         self.feature_info += [dict(num_chs=c, reduction=stride**(s+1), module=str(3+s)) for s,c in widths.items()]
 
-    def get_classifier(self): return self[-1]
+    def _stages(self): return list(self)[4:-4]
+
+    def group_matcher(self, coarse=False):
+        "Patterns of names for groups of parameters: stem, and stages or blocks"
+        stages = '|'.join(str(i) for i in range(4, len(self)-4))
+        return dict(stem=r'^[0-2]\.', blocks=rf'^({stages})\.' if coarse else rf'^({stages})\.(\d+)')
+
+    def set_grad_checkpointing(self, enable=True):
+        "Compute the blocks anew in backward instead of keeping what they hold?"
+        self.grad_checkpointing = enable
+
+    def get_classifier(self, name_only=False): return str(len(self)-1) if name_only else self[-1]
 
     def reset_classifier(self, num_classes, global_pool=None):
-        "A new last layer for `num_classes`; 0 for none"
+        "A new last layer for `num_classes`; 0 for none. `global_pool` 'avg', 'max', or '' for maps"
+        if global_pool is not None:
+            check_name(global_pool, ['',*_pools], 'global_pool')
+            self.global_pool = global_pool
+            self[-4],self[-3] = (_pools[global_pool](1),nn.Flatten()) if global_pool else (nn.Identity(),nn.Identity())
+        p = next(self.parameters())
         self.num_classes = num_classes
-        self[-1] = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+        self[-1] = nn.Linear(self.num_features, num_classes, device=p.device, dtype=p.dtype) if num_classes else nn.Identity()
+
+    def _run(self, stage, x): return checkpoint_seq(stage, x) if self.grad_checkpointing else stage(x)
 
     def forward_features(self, x):
         "Feature maps, before pooling"
-        for m in list(self)[:-4]: x = m(x)
+        for m in list(self)[:4]: x = m(x)
+        for m in self._stages(): x = self._run(m, x)
         return x
 
     def forward_head(self, x, pre_logits=False):
@@ -85,10 +142,39 @@ class AttnXResNet(nn.Sequential):
         for m in list(self)[-4:len(self)-pre_logits]: x = m(x)
         return x
 
-def _cfg(**kwargs): return dict(input_size=(3,224,224), pool_size=(7,7), crop_pct=0.875, interpolation='bicubic', mean=(0.485,0.456,0.406), std=(0.229,0.224,0.225), first_conv='0.0', classifier='11', **kwargs)
+    def forward(self, x): return self.forward_head(self.forward_features(x))
+
+    def forward_intermediates(self, x, indices=None, norm=False, stop_early=False, output_fmt='NCHW', intermediates_only=False):
+        "Feature maps, and those of the stem (0) and the stages that `indices` names, or of the last so many"
+        if output_fmt!='NCHW': raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}")
+        stages = self._stages()
+        taken,last = feature_take_indices(len(stages)+1, indices)
+        for m in list(self)[:3]: x = m(x)
+        maps = [x] if 0 in taken else []
+        x = self[3](x)
+        for i,m in enumerate(stages[:last] if stop_early else stages, 1):
+            x = self._run(m, x)
+            if i in taken: maps.append(x)
+        return maps if intermediates_only else (x,maps)
+
+    def prune_intermediate_layers(self, indices=1, prune_norm=False, prune_head=True):
+        "Drop the stages behind those of `indices`, and the head; returns what was kept"
+        n = len(self._stages())
+        taken,last = feature_take_indices(n+1, indices)
+        for i in range(last, n): self[4+i] = nn.Sequential()
+        if last<n: self.num_features = self.head_hidden_size = self.feature_info[last]['num_chs']
+        if prune_head or last<n: self.reset_classifier(0, '')
+        return taken
 
 _names = [o for o in xresnet.__all__ if o.endswith(('_ssa','_ssa_sym'))]
-sys.modules[__name__].default_cfgs = generate_default_cfgs({o: _cfg() for o in _names}) # where timm looks for them
+
+def _cfg(name):
+    "What timm keeps of a model; the deep ones have more stages"
+    n = 8 if '_deeper' in name else 6 if '_deep' in name else 4
+    return dict(input_size=(3,224,224), pool_size=(math.ceil(224/2**(n+1)),)*2, crop_pct=0.875, interpolation='bicubic', mean=(0.485,0.456,0.406), std=(0.229,0.224,0.225),
+        num_classes=1000, first_conv='0.0', classifier=str(n+7))
+
+sys.modules[__name__].default_cfgs = generate_default_cfgs({o: _cfg(o) for o in _names}) # where timm looks for them
 
 def _register(name):
     arch,attn = name.split('_ssa')[0],'ssa_sym' if name.endswith('_sym') else 'ssa'
@@ -104,10 +190,13 @@ for o in _names:
 _callables = ('act_cls','pool') # options of xresnets that are no numbers or words
 
 def _to_word(k, v):
-    if k not in _callables: return v
-    word = getattr(v, '__name__', None)
-    if v not in (getattr(nn, str(word), None),getattr(fastai_layers, str(word), None)): raise ValueError(f"{k}={v!r} has no name in torch.nn or fastai.layers, so it cannot be written to a file")
-    return word
+    if k in _callables:
+        word = getattr(v, '__name__', None)
+        if v in (getattr(nn, str(word), None),getattr(fastai_layers, str(word), None)): return word
+        raise ValueError(f"{k}={v!r} has no name in torch.nn or fastai.layers, so it cannot be written to a file")
+    try: json.dumps(v)
+    except TypeError: raise ValueError(f"{k}={v!r} is no number or word, so it cannot be written to a file; keep model.state_dict() and your own code") from None
+    return v
 
 def _from_word(k, v): return getattr(nn, v, None) or getattr(fastai_layers, v) if k in _callables else v
 
@@ -123,42 +212,74 @@ def _timm_config(model):
 def _config(model):
     if (getattr(model, 'built', None) or {}).get('architecture') in archs: return _xresnet_config(model)
     if 'architecture' in getattr(model, 'pretrained_cfg', {}) and hasattr(model, 'num_classes'): return _timm_config(model)
-    raise ValueError("only models of attn_timm, timm.create_model and attn_xresnet tell how they were built; of others keep model.state_dict() and your own code")
+    raise ValueError("only models of attn_timm, timm.create_model, attn_xresnet and ssa_learner (with those) tell how they were built. Of others keep model.state_dict() and your own code, "
+        "or of a Learner learn.save (weights) or learn.export (all of it)")
+
+def _attentions(model):
+    "{module: names of its attentions}"
+    there = {o.module: o.attn for o in attn_sites(model) if o.attn}
+    for o in sum(there.values(), []):
+        if o not in attns: raise ValueError(f"{o} was inserted without a name, so a file cannot say how to build it; attns['mine'] = ... and insert_attn(model, 'mine') give it one")
+    return there
 
 def save_model(
     model, # A timm model or an xresnet of `attn_xresnet`, or a Learner with one
     path # A folder, made if need be
 ):
     """Write `config.json` and `model.safetensors` of `model` to the folder `path`, each whole or not at all; with a Learner its vocabulary too.
-    A `ValueError` for models and attentions that have no name to be built by"""
-    learn = None if isinstance(model, nn.Module) else model
+    A `ValueError` for models, options and attentions that have no name to be built by"""
+    learn,path = None if isinstance(model, nn.Module) else model,Path(path).expanduser()
     if learn: model = learn.model
-    there = {o.module: o.attn for o in attn_sites(model) if o.attn}
-    for o in sum(there.values(), []):
-        if o not in attns: raise ValueError(f"{o} was inserted without a name, so a file cannot say how to build it; attns['mine'] = ... and insert_attn(model, 'mine') give it one")
-    config = {**_config(model), 'fastattn': there}
+    model = getattr(model, '_orig_mod', model) # of torch.compile(model)
+    dropping = [k for k,m in model.named_modules() if isinstance(m, DropConnect)]
+    if dropping: raise ValueError(f"a folder does not tell of DropConnect, which {', '.join(dropping)} are; keep model.state_dict() and your own code")
+    config = {**_config(model), 'fastattn': _attentions(model)}
+    if (dtype := next(model.parameters()).dtype)!=torch.float32: config['dtype'] = str(dtype).removeprefix('torch.')
     if learn and hasattr(learn.dls, 'vocab'): config['label_names'] = [str(o) for o in learn.dls.vocab]
     text = json.dumps(config, indent=2)+'\n'
-    write_atomic(Path(path)/'model.safetensors', save({k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k,v in model.state_dict().items()}))
-    write_atomic(Path(path)/'config.json', text)
+    write_atomic(path/'model.safetensors', save({k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k,v in model.state_dict().items()}))
+    write_atomic(path/'config.json', text)
 
 def _folder(path):
-    if not str(path).startswith('hf-hub:'): return Path(path)
+    if not str(path).startswith('hf-hub:'): return Path(path).expanduser()
     from huggingface_hub import snapshot_download
     return Path(snapshot_download(str(path).removeprefix('hf-hub:'), allow_patterns=['config.json','model.safetensors']))
+
+def _read_folder(path):
+    "What `config.json` says, and the weights"
+    folder = _folder(path)
+    if missing := [o for o in ('config.json','model.safetensors') if not (folder/o).is_file()]: raise ValueError(f"there is no model in {folder}: {' and '.join(missing)} not found")
+    config = json.loads((folder/'config.json').read_text())
+    _check_arch(str(config.get('architecture')))
+    return config,folder/'model.safetensors'
+
+def _is_ours(path):
+    config = Path(path).expanduser()/'config.json'
+    return config.is_file() and 'fastattn' in json.loads(config.read_text())
+
+def _build(config, **kwargs):
+    "The model that `config` tells of, without attention; `kwargs` are timm's words"
+    arch,args = config['architecture'],{'num_classes': config.get('num_classes'), **(config.get('model_args') or {}), **kwargs}
+    if arch not in archs: return remove_attn(timm.create_model(arch, **args))
+    for theirs,ours in dict(num_classes='n_out', in_chans='c_in').items():
+        if theirs in args: args[ours] = args.pop(theirs)
+    return attn_xresnet(arch, 'none', **{k: _from_word(k, v) for k,v in args.items()})
+
+def _from_folder(path, pretrained, kwargs, **attn):
+    "A model as in the folder `path`, with other attention, outputs or channels, and of its weights those that fit"
+    config,weights = _read_folder(path)
+    model = insert_attn(_build(config, **kwargs), **attn)
+    if pretrained: _load_fitting(model, load_file(weights), path)
+    return model
 
 def load_model(
     path # A folder of `save_model` or of timm, or 'hf-hub:owner/name'
 )->nn.Module:
     "The model that stands in the folder `path`. Nothing is unpickled. A `ValueError` for a folder without such a model"
-    folder = _folder(path)
-    if missing := [o for o in ('config.json','model.safetensors') if not (folder/o).is_file()]: raise ValueError(f"there is no model in {folder}: {' and '.join(missing)} not found")
-    config = json.loads((folder/'config.json').read_text())
-    arch,args,n_out = config.get('architecture'),config.get('model_args') or {},config.get('num_classes')
-    _check_arch(str(arch))
-    if arch in archs: model = attn_xresnet(arch, 'none', n_out=n_out, **{k: _from_word(k, v) for k,v in args.items()})
-    else: model = remove_attn(timm.create_model(arch, **{'num_classes': n_out, **args}))
+    config,file = _read_folder(path)
+    model,weights = _build(config),load_file(file)
     for module,names in config.get('fastattn', {}).items():
-        for name in names: insert_attn(model, name, stages=module)
-    model.load_state_dict(load_file(folder/'model.safetensors'))
-    return model
+        for name in names: insert_attn(model, name, stages=module, at='block') # names say where
+    if 'fastattn' not in config and any(map(_is_attn_key, weights)): raise ValueError(f"{path} has weights of attention, but does not say of which: was it written by timm? save_model says so")
+    model.load_state_dict(weights)
+    return model.to(getattr(torch, config.get('dtype', 'float32')))
