@@ -14,7 +14,7 @@ from fastattn.recipes.train import *
 small = dict(positional=dict(size=6), nonlinear=dict(size=8), dropconnect=dict(size=6), projection=dict(size=8), xresnet18=dict(size=8))
 # another value than the default for every option of every kind of model
 other = dict(attn='sa', stages='2', blocks='first', act='GELU', pool='MaxPool', size_projection=5, p=0.3, drop='dropout', inference='gaussian', hidden='20,30',
-    ndim=1, dim=32, depth=1, heads=2, token='mean', encoding='sinusoid', span='none', sigma=0.2, threshold=0.05, combine='multiply', modulate='positional', causal=True, penalty=0.5, per_head=True,
+    ndim=1, dim=32, depth=1, heads=2, token='mean', encoding='sinusoid', span='none', sigma=0.2, threshold=0.05, combine='multiply', modulate='positional', causal=True, penalty=0.5, per_head=True, at='block',
     window_size='1', iterations=1, global_every=2, size=9, epochs=7, lr=3e-2, bs=16, sched='flat', wd=0.5, opt='sgd', mom=0.5, sqr_mom=0.8, eps=1e-3, beta=5., smooth=0.3, mixup=0.4,
     presize=True, aug='flip', progressive=0.5, precision='bf16', channels_last=True, compile=True)
 models = ['xresnet18','projection','dropconnect','positional','nonlinear']
@@ -38,7 +38,8 @@ def test_command_to_configuration(arch, k, monkeypatch):
         with pytest.raises(ValueError, match=f"unknown option for {arch}.*{k}"): train(data, [arch], **{k: given[k]})
         return
     with pytest.raises(Seen) as e: train(data, [arch], **{k: given[k]})
-    assert all(str(c[k])==str(other[k]) for c in e.value.configs if c[k] is not None) and any(c[k] is not None for c in e.value.configs)
+    values = [c.get(k) for c in e.value.configs]
+    assert all(str(v)==str(other[k]) for v in values if v is not None) and any(v is not None for v in values)
 
 class Seen(Exception):
     def __init__(self, configs): self.configs = configs

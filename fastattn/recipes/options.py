@@ -61,7 +61,7 @@ train_options = dict(
     channels_last=Option(bool, 'Channels last in memory'),
     compile=Option(bool, 'torch.compile'))
 
-# %% ../../nbs/recipes/04_options.ipynb #30366b81
+# %% ../../nbs/recipes/04_options.ipynb #e2214b82
 recipes = dict(
     digits=dict(size=32, epochs=5, lr=4e-3),
     mnist=dict(size=28, epochs=3, lr=4e-3),
@@ -71,7 +71,7 @@ recipes = dict(
 
 _common = dict(bs=64, wd=1e-2, smooth=0.1, mixup=0., sched='flat_cos', precision='fp32', channels_last=False)
 _extras = dict(compile=False, aug='crop', presize=False, progressive=1.) # left out of a configuration unless they are asked for
-_added = dict(per_head=False) # options of models that older runs lack: likewise
+_added = dict(per_head=False, at='branch') # options of models that older runs lack: likewise
 
 # %% ../../nbs/recipes/04_options.ipynb #37b8b072
 opt_funcs = dict(
@@ -129,7 +129,7 @@ def register_learner(
     for k in recipe: check_name(k, [*train_options,*recipes,'text'], 'option of training')
     learners[name] = Registered(func, options, defaults, recipe, data)
 
-# %% ../../nbs/recipes/04_options.ipynb #be0dd9bb
+# %% ../../nbs/recipes/04_options.ipynb #5714e36b
 def _values(o): return list(o) if isinstance(o, (list,tuple)) else [o]
 def _ints(o): return [int(i) if i.lstrip('-').isdigit() else i for i in str(o).split(',')]
 
@@ -141,15 +141,16 @@ def _timm(dls, arch,
     attn=['none','ssa'], # none, ssa, ssa_sym, sa, positional, local, one of timm's, such as se, eca, cbam, or file.py:Class
     stages='1', # Stages that get attention, from 1; `1,2` is both
     blocks='last', # last, first, all, or indices such as 0,-1
+    at='branch', # Where in a block: branch (in the residual branch, at its end) or block (behind the addition)
     **kwargs):
     words = _ints(blocks)
-    return ssa_learner(dls, arch, _attn(attn), _ints(stages), words[0] if len(words)==1 else words, **kwargs)
+    return ssa_learner(dls, arch, _attn(attn), _ints(stages), words[0] if len(words)==1 else words, at=at, **kwargs)
 
-def _xresnet(dls, arch, attn=['none','ssa'], stages='1', blocks='last',
+def _xresnet(dls, arch, attn=['none','ssa'], stages='1', blocks='last', at='branch',
     act='Mish', # Activation: Mish, ReLU, LeakyReLU, ELU, GELU, SiLU
     pool='AvgPool', # Pooling of the shortcuts: AvgPool, MaxPool, MaxBlurPool
     **kwargs):
-    learn = _timm(dls, arch, attn, stages, blocks, act_cls=acts[check_name(act, acts, 'activation')], pool=pools[check_name(pool, pools, 'pooling')], **kwargs)
+    learn = _timm(dls, arch, attn, stages, blocks, at, act_cls=acts[check_name(act, acts, 'activation')], pool=pools[check_name(pool, pools, 'pooling')], **kwargs)
     if pool=='MaxBlurPool': learn.model[3] = MaxBlurPool(2) # the stem's pooling too
     return learn
 
@@ -231,7 +232,7 @@ def learner_of(
         return Registered(_timm, *_options_of(_timm, ()), {})
     return learners[check_name(arch, learners, "arch (timm's models are known too)")]
 
-# %% ../../nbs/recipes/04_options.ipynb #f2ec4080
+# %% ../../nbs/recipes/04_options.ipynb #4003ce37
 def _as(k, default, o):
     "The value `o` of option `k`, in the type of its default"
     t = type(_values(default)[0])
@@ -251,7 +252,7 @@ def option_defaults(
     return merge(dict(data=str(data), arch=arch), known.defaults, recipe, _common, own, dict(opt=opt), opt_funcs[check_name(opt, opt_funcs, 'optimiser')][1],
         dict(compile=False) if known.data is get_tokens else _extras)
 
-_void = {('attn','none'): ('stages','blocks'), ('drop','none'): ('p','inference'), ('drop','dropout'): ('inference',), ('span','none'): ('sigma','threshold','modulate','penalty')} # options that then mean nothing
+_void = {('attn','none'): ('stages','blocks','at'), ('drop','none'): ('p','inference'), ('drop','dropout'): ('inference',), ('span','none'): ('sigma','threshold','modulate','penalty','per_head')} # options that then mean nothing
 
 def _data_name(data): return str(Path(data).expanduser().resolve()) if Path(str(data)).expanduser().exists() and str(data) not in (*recipes,'text') else str(data)
 
@@ -279,7 +280,7 @@ def _tidy(config):
         if config.get(k)==v: config.update({o: None for o in names if o in config})
     files = {k: config[k] for k in ('arch','attn') if is_file_name(config.get(k, ''))}
     usual = merge(_extras, _added)
-    config = {k: v for k,v in config.items() if k not in usual or v!=usual[k]}
+    config = {k: v for k,v in config.items() if k not in usual or v!=usual[k] and not (v is None and k in _added)}
     for k,v in files.items(): config[f'{k}_file'] = _file_hash(v)
     return config
 
