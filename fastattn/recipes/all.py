@@ -1,3 +1,4 @@
+from .cache import *
 from .data import *
 from .options import *
 from .leaderboard import *
