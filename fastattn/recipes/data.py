@@ -20,12 +20,13 @@ from concurrent.futures import ThreadPoolExecutor
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from ..core import check_least,check_name
-from .cache import (CachedDL,CachedImages,PhotoImage,cache_images,decode_images,eight_bits,image_fault,image_side,
-    open_image,progress,raise_faults,squeeze_image)
+from .cache import CachedDL,CachedImages,PhotoImage,cache_images,decode_images,image_side,open_image,squeeze_image
+from .cache import _eight_bits,_fault_of,_progress,_raise_faults
 
 # %% ../../nbs/recipes/00_data.ipynb #de0a06d7
 class DigitImage(Transform):
-    "A grey image of `size` pixels per side, from a file, an image, bytes 0 to 255 or floats 0 to 16; an image that is so already is returned itself"
+    """A grey image of `size` pixels per side, from a file, an image, bytes 0 to 255 or floats 0 to 16;
+    an image that is so already is returned itself"""
     def __init__(self,
         size:int # Pixels per side
     ): self.size = size
@@ -38,19 +39,20 @@ class DigitImage(Transform):
 
 # %% ../../nbs/recipes/00_data.ipynb #e413aea7
 def _grey_block(size, mean, std, get_y, splitter):
-    return DataBlock((TransformBlock(DigitImage(size), batch_tfms=IntToFloatTensor),CategoryBlock), get_y=get_y, splitter=splitter,
-        batch_tfms=Normalize.from_stats([mean], [std]))
+    return DataBlock((TransformBlock(DigitImage(size), batch_tfms=IntToFloatTensor),CategoryBlock), get_y=get_y,
+        splitter=splitter, batch_tfms=Normalize.from_stats([mean], [std]))
 
 def _loaders(items, block, bs, workers, path='.', keep=None, aug=None):
-    "`DataLoaders` of `items`. If `keep` gives what is kept of a part's items, batches are cut from that, and `aug` augments those of training"
+    "`DataLoaders` of `items`; if `keep` gives the decoded images of a part, batches are cut from those. `aug`: name and size, for training"
+    if keep: kept = [keep([items[i] for i in idxs], part) for idxs,part in zip(block.splitter(items), ('train','valid'))]
     dsets = block.datasets(items)
     kwargs = dict(bs=bs, path=path, after_item=block.item_tfms, after_batch=block.batch_tfms)
-    if keep is None: return dsets.dataloaders(num_workers=workers, **kwargs)
+    if not keep: return dsets.dataloaders(num_workers=workers, **kwargs)
     number = dsets.vocab.o2i
-    def cached(ds, part):
+    def cached(ds, decoded, **kwargs):
         labels = torch.tensor([number[block.get_y(o)] for o in ds.items])
-        return dict(cached=CachedImages(labels=labels, **(aug or {} if part=='train' else {}), **keep(ds.items, part)))
-    parts = [cached(dsets.train, 'train'),cached(dsets.valid, 'valid')]
+        return dict(cached=CachedImages(labels=labels, **decoded, **kwargs))
+    parts = [cached(dsets.train, kept[0], **(aug or {})),cached(dsets.valid, kept[1])]
     return dsets.dataloaders(num_workers=0, dl_type=CachedDL, dl_kwargs=parts, **kwargs)
 
 def _read_sklearn(size):
@@ -125,8 +127,8 @@ def mnist_dls(
     return _loaders(fns, block, bs, workers, path, _keep_digits(path, size) if _use_cache(cache, len(fns), size, 1) else None)
 
 def _photo_block(splitter, item_tfms, stats):
-    return DataBlock((TransformBlock(PhotoImage, batch_tfms=IntToFloatTensor),CategoryBlock), splitter=splitter, get_y=_label, item_tfms=item_tfms,
-        batch_tfms=Normalize.from_stats(*stats))
+    return DataBlock((TransformBlock(PhotoImage, batch_tfms=IntToFloatTensor),CategoryBlock), get_y=_label,
+        splitter=splitter, item_tfms=item_tfms, batch_tfms=Normalize.from_stats(*stats))
 
 def cifar10_dls(
     size:int, # Pixels per side
@@ -148,24 +150,32 @@ def cifar10_dls(
 # %% ../../nbs/recipes/00_data.ipynb #6e36867b
 augs = dict(crop=lambda size: RandomResizedCrop(size, min_scale=0.35), flip=Resize)
 
-def _keep_photos(path, aug, size):
-    "Training images whole, in a square of 1.5 times the size; held-out images as fastai's transform makes them"
+def _keep_photos(path, aug, size, check):
+    """What `_loaders` takes as `keep`: training images whole, in a square of 1.5 times the size;
+    held-out images as fastai's transform makes them. `check` looks at all of them first"""
     def held_out(fn):
         im = PILImage(open_image(fn).convert('RGB'))
         return augs[aug](size)(im, split_idx=1),im.shape # a transform keeps the state of one image: one for each thread
-    def train(fns, part):
-        def decode(fns):
-            side = image_side(fns, math.ceil(1.5*size))
-            return decode_images(fns, partial(squeeze_image, side=side), side)
-        return cache_images(fns, path, f'{part}-squeezed-{size}', decode)
-    valid = _keep_as(path, aug, held_out, size)
-    return lambda fns, part: (train if part=='train' else valid)(fns, part)
+    def train(fns):
+        side = image_side(fns, math.ceil(1.5*size))
+        return decode_images(fns, partial(squeeze_image, side=side), side)
+    kinds = dict(train=('squeezed',train), valid=(aug,lambda fns: decode_images(fns, held_out, size)))
+    def keep(fns, part):
+        name,decode = kinds[part]
+        def checked(fns):
+            check()
+            return decode(fns)
+        return cache_images(fns, path, f'{part}-{name}-{size}', checked)
+    return keep
 
-def _photos(path, fns, size, bs, workers, splitter, aug, cache):
+def _photos(path, fns, size, bs, workers, splitter, aug, cache, check=noop):
     check_name(aug, augs, 'augmentation')
     block = _photo_block(splitter, [augs[aug](size), FlipItem(0.5)], imagenet_stats)
-    use = _use_cache(cache, len(fns), math.ceil(1.5*size))
-    return _loaders(fns, block, bs, workers, path, _keep_photos(path, aug, size) if use else None, dict(aug=aug, size=size))
+    if _use_cache(cache, len(fns), math.ceil(1.5*size)): keep = _keep_photos(path, aug, size, check)
+    else:
+        keep = None
+        check()
+    return _loaders(fns, block, bs, workers, path, keep, dict(aug=aug, size=size))
 
 def presize_images(
     path, # Folder of images
@@ -219,15 +229,15 @@ def _fault(fn, mtime):
         with Image.open(fn) as im:
             im.draft(im.mode, (32,32))
             im.load()
-            eight_bits(im)
-    except Exception as e: return image_fault(e) # Pillow raises many kinds
+            _eight_bits(im)
+    except Exception as e: return _fault_of(e) # Pillow raises many kinds
 
 def check_images(
     fns # Files of images
 ):
     "Raise a `ValueError` that names those of `fns` that do not open, and why: all of them, or the first ten and their number"
-    with ThreadPoolExecutor(8) as ex: faults = list(progress(ex.map(_fault, fns, [o.stat().st_mtime_ns for o in fns]), len(fns)))
-    raise_faults({f: why for f,why in zip(fns, faults) if why}, len(fns))
+    with ThreadPoolExecutor(8) as ex: faults = list(_progress(ex.map(_fault, fns, [o.stat().st_mtime_ns for o in fns]), len(fns)))
+    _raise_faults({f: why for f,why in zip(fns, faults) if why}, len(fns))
 
 def _classes(path, least=1):
     "The images of each class folder of `path`, which has `least` or more"
@@ -261,8 +271,7 @@ def folder_dls(
         if diff := set(parts[0]) ^ set(parts[1]): raise ValueError(f"train and {valid} in {path} differ in the classes {', '.join(sorted(diff))}")
     else: parts,splitter = [_classes(path, least=5)],_hold_out
     fns = L(parts).map(lambda o: o.values()).concat().concat()
-    check_images(fns)
-    return _photos(path, fns, size, bs, workers, splitter, aug, cache)
+    return _photos(path, fns, size, bs, workers, splitter, aug, cache, check=partial(check_images, fns))
 
 # %% ../../nbs/recipes/00_data.ipynb #345c96d6
 datasets = dict(digits=digits_dls, mnist=mnist_dls, cifar10=cifar10_dls, imagenette=imagenette_dls, imagewoof=imagewoof_dls)
