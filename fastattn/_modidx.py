@@ -562,7 +562,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'fastattn/recipes/cache.py'),
                                         'fastattn.recipes.cache.decode_images': ( 'recipes/cache.html#decode_images',
                                                                                   'fastattn/recipes/cache.py'),
-                                        'fastattn.recipes.cache.flip_some': ('recipes/cache.html#flip_some', 'fastattn/recipes/cache.py'),
                                         'fastattn.recipes.cache.image_side': ('recipes/cache.html#image_side', 'fastattn/recipes/cache.py'),
                                         'fastattn.recipes.cache.open_image': ('recipes/cache.html#open_image', 'fastattn/recipes/cache.py'),
                                         'fastattn.recipes.cache.resize_boxes': ( 'recipes/cache.html#resize_boxes',

@@ -109,27 +109,31 @@ def plain_resize(part, size):
 @given(st.integers(1, 70), st.integers(1, 70), st.integers(1, 40), st.sampled_from([1,3]), st.integers(0, 99))
 @settings(max_examples=40, deadline=None)
 def test_resize(h, w, size, channels, seed):
-    "One by one (CPU), by products (GPU), and Pillow: the numbers of a plain loop, rounded"
+    "One by one (CPU) and by products (GPU): the numbers of a plain loop, rounded, and so near to Pillow's"
     rng = np.random.default_rng(seed)
     images = torch.from_numpy(rng.integers(0, 256, (3,h,w,channels), np.uint8))
     sizes = torch.tensor([[h,w]]).expand(3, 2)
     boxes = stored_boxes(crop_boxes(numbers(3, seed), sizes), sizes, h, w)
-    for o in (resize_boxes(images, boxes, size),C._resize_batch(images, boxes, size)):
+    flip = torch.tensor([False,True,False])
+    for o in (resize_boxes(images, boxes, flip, size),C._resize_batch(images, boxes, flip, size)):
         assert o.shape==(3,channels,size,size) and o.dtype==torch.uint8 and o.is_contiguous()
+        o[1] = o[1].flip(2)
         for x,im,(top,left,bh,bw) in zip(o, images.numpy(), boxes.tolist()):
             part = im[top:top+bh,left:left+bw]
             assert np.abs(x.numpy()-plain_resize(part, size)).max()<=1.01
             pil = Image.fromarray(part if channels==3 else part[...,0]).resize((size,size), Image.Resampling.BILINEAR)
-            assert np.abs(x.numpy().astype(int)-np.array(pil).reshape(size, size, channels).transpose(2, 0, 1)).max()<=1
+            assert np.abs(x.numpy().astype(int)-np.array(pil).reshape(size, size, channels).transpose(2, 0, 1)).max()<=2 # both round twice
 
 def test_resize_nothing():
-    for f in (C._resize_batch,): assert f(torch.zeros(0, 9, 9, 3, dtype=torch.uint8), torch.zeros(0, 4, dtype=torch.long), 5).shape==(0,3,5,5)
+    none = torch.zeros(0, 4, dtype=torch.long)
+    assert resize_boxes(torch.zeros(0, 9, 9, 3, dtype=torch.uint8), none, none[:,0].bool(), 5).shape==(0,3,5,5)
 
 def test_resize_under_autocast():
     "Low precision around it changes no pixel"
     images,boxes = torch.randint(0, 256, (4,40,40,3), dtype=torch.uint8),torch.tensor([[3,4,30,35]]).expand(4, 4)
-    want = C._resize_batch(images, boxes, 24)
-    with torch.autocast('cpu', dtype=torch.bfloat16): assert torch.equal(C._resize_batch(images, boxes, 24), want)
+    flip = torch.arange(4)%2==0
+    want = C._resize_batch(images, boxes, flip, 24)
+    with torch.autocast('cpu', dtype=torch.bfloat16): assert torch.equal(C._resize_batch(images, boxes, flip, 24), want)
 
 @pytest.mark.parametrize('size', [1,3,4,5,28,32])
 def test_shift(size):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['batch_augs', 'open_image', 'PhotoImage', 'decode_images', 'cache_images', 'image_side', 'squeeze_image', 'crop_boxes',
-           'square_boxes', 'stored_boxes', 'box_weights', 'resize_boxes', 'flip_some', 'shift_images', 'cutout_images',
+           'square_boxes', 'stored_boxes', 'box_weights', 'resize_boxes', 'shift_images', 'cutout_images',
            'CachedImages', 'CachedDL']
 
 # %% ../../nbs/recipes/04_cache.ipynb #c0a1e003
@@ -223,43 +223,39 @@ def box_weights(
     weight = weight*((pixel>start) & (pixel<start+length)) # nothing from outside the box
     return weight/weight.sum(2, keepdim=True)
 
-def _resize_batch(images, boxes, size):
+def _resize_batch(images, boxes, flip, size):
     _,h,w,_ = images.shape
     top,left,height,width = boxes.float().to(images.device).unbind(1)
     rows,cols = box_weights(top, height, h, size),box_weights(left, width, w, size)
+    cols = torch.where(flip.to(images.device)[:,None,None], cols.flip(1), cols)
     with torch.autocast(images.device.type, enabled=False):
         res = torch.bmm(rows, images.float().flatten(2)) # (B, S, W*C)
         res = torch.einsum('bow,bswc->bcso', cols, res.unflatten(2, (w,-1)))
     return res.round().byte().contiguous()
 
-def _resize_each(images, boxes, size):
-    def one(im, box):
+def _resize_each(images, boxes, flip, size):
+    def one(im, box, flip):
         top,left,height,width = box
         part = im[top:top+height,left:left+width].permute(2, 0, 1)[None] # (1, C, height, width)
         part = part.contiguous(memory_format=torch.channels_last) # what the kernel is fast for
-        return F.interpolate(part, (size,size), mode='bilinear', antialias=True)[0]
-    return torch.stack([one(*o) for o in zip(images, boxes.tolist())]).contiguous()
+        res = F.interpolate(part, (size,size), mode='bilinear', antialias=True)[0]
+        return res.flip(2) if flip else res
+    return torch.stack([one(*o) for o in zip(images, boxes.tolist(), flip.tolist())]).contiguous()
 
 def resize_boxes(
     images:torch.Tensor, # uint8 of (B, H, W, C)
     boxes:torch.Tensor, # Top, left, height and width in their pixels, int64 of (B, 4), on the CPU
+    flip:torch.Tensor, # Whether to flip each image left to right, bool of (B,), on the CPU
     size:int # Pixels per side wanted
 )->torch.Tensor: # uint8 of (B, C, size, size)
-    "Crop and resize a batch of images, antialiased"
-    return (_resize_each if images.device.type=='cpu' else _resize_batch)(images, boxes, size)
-
-def flip_some(
-    images:torch.Tensor, # (B, C, H, W)
-    flip:torch.Tensor # Whether to flip each image, bool of (B,)
-)->torch.Tensor:
-    "Flip images left to right"
-    return torch.where(flip.to(images.device)[:,None,None,None], images.flip(3), images)
+    "Crop, resize and flip a batch of images, antialiased"
+    return (_resize_each if images.device.type=='cpu' and len(images) else _resize_batch)(images, boxes, flip, size)
 
 # %% ../../nbs/recipes/04_cache.ipynb #c0a1e01a
 def _resize_drawn(draw):
     def aug(images, sizes, u, size):
         boxes = stored_boxes(draw(u, sizes), sizes, *images.shape[1:3])
-        return flip_some(resize_boxes(images, boxes, size), u[:,22]<0.5)
+        return resize_boxes(images, boxes, u[:,22]<0.5, size)
     return aug
 
 def shift_images(
@@ -272,9 +268,11 @@ def shift_images(
     pad,last = size//4,size-1
     offset = (u[:,:2]*(pad+1)).floor().long()-(pad+1)//2 # (B, 2)
     source = offset[...,None]+torch.arange(size) # (B, 2, S)
-    rows,cols = (last-(last-source.abs()).abs()).to(images.device).unbind(1) # reflected at both ends
+    source = last-(last-source.abs()).abs() # reflected at both ends
+    source[:,1] = torch.where(u[:,22:]<0.5, source[:,1].flip(1), source[:,1])
+    rows,cols = source.to(images.device).unbind(1)
     batch = torch.arange(len(images), device=images.device)[:,None,None]
-    return flip_some(images[batch,rows[:,:,None],cols[:,None]].permute(0, 3, 1, 2).contiguous(), u[:,22]<0.5)
+    return images[batch,rows[:,:,None],cols[:,None]].permute(0, 3, 1, 2).contiguous()
 
 def cutout_images(
     images:torch.Tensor, # uint8 of (B, S, S, C)
