@@ -6,7 +6,8 @@ from hypothesis import given,settings,strategies as st
 from PIL import Image
 from scipy.stats import ks_2samp
 from fastai.basics import Learner,load_learner,set_seed
-from fastai.vision.all import Brightness,ClassificationInterpretation,RandomResizedCrop,Resize,Transform,accuracy,fastai_cfg,get_image_files
+from fastai.vision.all import (Brightness,ClassificationInterpretation,IntToFloatTensor,Normalize,RandomResizedCrop,Resize,Transform,
+    accuracy,fastai_cfg,get_image_files)
 import fastai.vision.augment as augment
 from fastattn.recipes import cache as C
 from fastattn.recipes.cache import *
@@ -188,7 +189,8 @@ def test_sixteen_bit_folder(tmp_path, cache):
 @pytest.mark.parametrize('cache', [True,False])
 def test_floats_refused(tmp_path, cache):
     folder(tmp_path, modes=['F','RGB'], suffix='tif')
-    with pytest.raises(ValueError, match=r'10 of 20 images cannot be read: .*0\.tif \(pixels must have 8 or 16 bits, got floats\)'): dls_of(tmp_path, cache=cache)
+    why = r'10 of 20 images cannot be read: .*0\.tif \(pixels must have 8 or 16 bits, got floats\)'
+    with pytest.raises(ValueError, match=why): dls_of(tmp_path, cache=cache)
 
 @pytest.mark.parametrize('o,got', [(np.zeros((4,4)),'float64'), (np.zeros((4,4,3), np.int64),'int64'), (torch.zeros(4, 4),'float32')])
 def test_arrays_refused(o, got):
@@ -353,7 +355,8 @@ def test_export(learn, tmp_path):
     learn.export()
     assert (tmp_path/'export.pkl').stat().st_size<200_000
     other = load_learner(tmp_path/'export.pkl')
-    with other.no_bar(): assert torch.allclose(other.get_preds(dl=other.dls.test_dl(learn.dls.valid_ds.items, num_workers=0))[0], want, atol=1e-6)
+    dl = other.dls.test_dl(learn.dls.valid_ds.items, num_workers=0)
+    with other.no_bar(): assert torch.allclose(other.get_preds(dl=dl)[0], want, atol=1e-6)
 
 class Black(Transform):
     order = 0
@@ -373,6 +376,13 @@ def test_other_transforms(learn):
 def test_batch_transforms(learn):
     learn.dls.add_tfms([Brightness(max_lighting=0.9, p=1., draw=0.99)], 'after_batch', 'train')
     assert learn.dls.train.one_batch()[0].mean()>1
+
+def test_statistics(learn):
+    "Transforms that look at a batch when the loader is made"
+    dls = learn.dls
+    dl = CachedDL(dls.train_ds, cached=dls.train.cached, bs=4, num_workers=0, after_item=dls.train.after_item,
+        after_batch=[IntToFloatTensor,Normalize()])
+    assert dl.one_batch()[0].shape==(4,3,32,32) and dl.after_batch.fs[-1].mean.shape==(1,3,1,1)
 
 def test_n_and_bs(learn):
     dl = learn.dls.train
@@ -421,7 +431,8 @@ def test_stale(ims, how):
 
 def test_each_size_and_kind_has_its_own(ims):
     for size,aug in ((32,'crop'),(32,'flip'),(24,'crop')): dls_of(ims, size=size, aug=aug, cache=True)
-    assert [o.rsplit('-', 1)[0] for o in caches(ims)]==['train-squeezed-24','train-squeezed-32','valid-crop-24','valid-crop-32','valid-flip-32']
+    names = [o.rsplit('-', 1)[0] for o in caches(ims)]
+    assert names==['train-squeezed-24','train-squeezed-32','valid-crop-24','valid-crop-32','valid-flip-32']
 
 def test_side(tmp_path):
     "Images are stored at 1.5 times the size, small ones as they are"
@@ -433,7 +444,8 @@ def test_side(tmp_path):
 def test_damaged(ims, what):
     "A cache that cannot be read is made anew"
     want = batches(dls_of(ims, cache=True).valid)
-    for f in (ims/'.fastattn').glob('*.pt'): f.write_bytes(dict(cut=f.read_bytes()[:5000], empty=b'', other=b'x'*9999)[what])
+    for f in (ims/'.fastattn').glob('*.pt'):
+        f.write_bytes(dict(cut=f.read_bytes()[:5000], empty=b'', other=b'x'*9999)[what])
     assert same(batches(dls_of(ims, cache=True).valid), want)
 
 def test_not_writable(ims, monkeypatch, tmp_path):
@@ -446,17 +458,21 @@ def test_not_writable(ims, monkeypatch, tmp_path):
         assert len(list((tmp_path/'home').rglob('*.pt')))==2
         monkeypatch.setattr(C, '_writable', lambda folder: False)
         dls_of(ims, cache=True) # what is there is read
-        with pytest.raises(OSError, match='neither .*ims/.fastattn nor .*home.* can be written to. With cache=False'): dls_of(ims, size=33, cache=True)
+        why = 'neither .*ims/.fastattn nor .*home.* can be written to. With cache=False'
+        with pytest.raises(OSError, match=why): dls_of(ims, size=33, cache=True)
     finally: fastai_cfg.cache_clear()
 
 def test_disk_full(ims, monkeypatch):
     def full(*args): raise OSError(28, 'No space left on device')
     monkeypatch.setattr(C.torch, 'save', full)
-    with pytest.raises(OSError, match=r'train-squeezed-32-.*pt could not be written: .*No space left.* With cache=False'): dls_of(ims, cache=True)
+    why = r'train-squeezed-32-.*pt could not be written: .*No space left.* With cache=False'
+    with pytest.raises(OSError, match=why): dls_of(ims, cache=True)
     assert not list((ims/'.fastattn').glob('*.pt*'))
 
 env = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONWARNINGS': 'ignore'}
-def process(code, *args): return subprocess.Popen([sys.executable, '-c', code, *map(str, args)], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def process(code, *args):
+    args = [sys.executable, '-c', code, *map(str, args)]
+    return subprocess.Popen(args, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 killed = '''
 import sys,time,torch
@@ -522,7 +538,8 @@ def test_names_and_folders(tmp_path, monkeypatch):
     folder(tmp_path/'digits')
     monkeypatch.chdir(tmp_path)
     assert data_name('digits')=='digits' and len(get_dls('digits', size=8).train_ds)==1400
-    for o in ('./digits',Path('digits')): assert data_name(o)==str(tmp_path.resolve()/'digits') and len(dls_of(o).train_ds)==16
+    for o in ('./digits',Path('digits')):
+        assert data_name(o)==str(tmp_path.resolve()/'digits') and len(dls_of(o).train_ds)==16
     assert data_name('nowhere')=='nowhere'
 
 def test_link(ims, tmp_path):

@@ -30,8 +30,9 @@ class HiddenWaits(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.__name__.split('.')[0]
         if name in self.names: raise RuntimeError(f'{name} waits for the device')
-        masks = name in ('index','index_put','index_put_') and any(o is not None and o.dtype in (torch.bool,torch.uint8) for o in args[1])
-        if masks: raise RuntimeError(f'{name} with a mask waits for the device')
+        indices = args[1] if name in ('index','index_put','index_put_') else ()
+        if any(o is not None and o.dtype in (torch.bool,torch.uint8) for o in indices):
+            raise RuntimeError(f'{name} with a mask waits for the device')
         return func(*args, **(kwargs or {}))
 
 @contextmanager
@@ -44,8 +45,9 @@ def no_waits(device):
         finally:
             if device.type=='cuda': torch.cuda.set_sync_debug_mode('default')
 
-@pytest.mark.parametrize('f', [lambda x: x.sum().item(), lambda x: x.tolist(), lambda x: bool(x.any()), lambda x: x[x>0], lambda x: x.nonzero(),
-    lambda x: x.cpu(), lambda x: x.to('cpu'), lambda x: float(x.sum()), lambda x: x.masked_select(x>0), lambda x: int(x.argmax())])
+@pytest.mark.parametrize('f', [lambda x: x.sum().item(), lambda x: x.tolist(), lambda x: bool(x.any()), lambda x: x[x>0],
+    lambda x: x.nonzero(), lambda x: x.cpu(), lambda x: x.to('cpu'), lambda x: float(x.sum()), lambda x: x.masked_select(x>0),
+    lambda x: int(x.argmax())])
 def test_waits_are_seen(f):
     with pytest.raises(RuntimeError, match='waits for the device'), no_waits(torch.device('cpu')): f(torch.randn(3, 4))
 
@@ -60,16 +62,20 @@ def test_waits_in_backward_are_seen():
 
 def images(*shape): return torch.randn(2, *shape)
 cases = {
-    'ssa': (lambda: SimpleSelfAttention(8), images(8,6,6)), 'ssa sym': (lambda: SimpleSelfAttention(8, sym=True), images(8,6,6)),
-    'ssa few positions': (lambda: SimpleSelfAttention(16), images(16,2,2)), 'ssa ks 3': (lambda: SimpleSelfAttention(8, 3), images(8,6,6)),
+    'ssa': (lambda: SimpleSelfAttention(8), images(8,6,6)),
+    'ssa sym': (lambda: SimpleSelfAttention(8, sym=True), images(8,6,6)),
+    'ssa few positions': (lambda: SimpleSelfAttention(16), images(16,2,2)),
+    'ssa ks 3': (lambda: SimpleSelfAttention(8, 3), images(8,6,6)),
     'projection': (lambda: SelfProjection((6,7), 4), images(6,7)),
-    'dropconnect': (lambda: DropConnect(20, 10), images(20)), 'dropconnect gaussian': (lambda: DropConnect(20, 10, inference='gaussian'), images(20)),
+    'dropconnect': (lambda: DropConnect(20, 10), images(20)),
+    'dropconnect gaussian': (lambda: DropConnect(20, 10, inference='gaussian'), images(20)),
     'positional': (lambda: PositionalSelfAttention(16, 2, 2, span=None), images(6,6,16)),
     'positional without encoding': (lambda: PositionalSelfAttention(16, 2, 2, None, span=None), images(6,6,16)),
     'positional window': (lambda: PositionalSelfAttention(16, 2, 2, span=2), images(12,12,16)),
     'positional sinusoid causal': (lambda: PositionalSelfAttention(16, 2, 1, 'sinusoid', causal=True, span=None), images(12,16)),
     'positional span': (lambda: PositionalSelfAttention(16, 2, 2, 'siren', GaussianSpan(2, 0.1)), images(16,16,16)),
-    'local 2-D': (lambda: Local2DAttention(16, 2, 2), images(8,8,16)), 'local 2-D large': (lambda: Local2DAttention(16, 1, 2), images(24,24,16)),
+    'local 2-D': (lambda: Local2DAttention(16, 2, 2), images(8,8,16)),
+    'local 2-D large': (lambda: Local2DAttention(16, 1, 2), images(24,24,16)),
     'xresnet18': (lambda: xresnet18_ssa(n_out=3, widen=0.25), images(3,32,32)),
     'projection classifier': (lambda: ProjectionClassifier((8,8), 4, 3), images(1,8,8)),
     'nonlinear': (lambda: NonLinearTransformer(10, 16, 8, 2, 2, 1), torch.randint(0, 10, (2,8,8)))}
@@ -77,7 +83,9 @@ cases = {
 # What waits once for each batch, and why
 reads = {'positional span': "the window is a number of Python's, read from sigma", 'nonlinear': 'the range of the tokens is checked'}
 
-@pytest.mark.parametrize('name', [pytest.param(o, marks=pytest.mark.xfail(reason=reads[o], raises=RuntimeError)) if o in reads else o for o in cases])
+def waits(name): return pytest.param(name, marks=pytest.mark.xfail(reason=reads[name], raises=RuntimeError))
+
+@pytest.mark.parametrize('name', [waits(o) if o in reads else o for o in cases])
 def test_step(name, device):
     "Forward and backward of a second training step, when tables are made, do not wait"
     torch.manual_seed(0)

@@ -322,8 +322,8 @@ class CachedImages:
 class CachedDL(TfmdDL):
     "A `TfmdDL` that takes the batches of `dataset` from `cached`, if that is given and nothing else is asked for"
     def __init__(self, dataset, cached=None, cached_for=None, **kwargs):
-        super().__init__(dataset, **kwargs)
-        self.cached = cached
+        self.cached,self.cached_for = cached,cached_for
+        super().__init__(dataset, **kwargs) # which may ask for a batch
         self.cached_for = ifnone(cached_for, self._asked())
     def _asked(self): return getattr(self.dataset, 'split_idx', None),*self.after_item.fs
     def new(self, dataset=None, cls=None, **kwargs):

@@ -289,7 +289,8 @@ _sizes = dict(digits=32, mnist=28, cifar10=32)
 def data_name(
     data # A name, or the path of a folder or file
 )->str:
-    "What `data` is called however it is spelled: a name from `datasets`, or 'text', as it is; anything else as an absolute path, if there is such a folder or file"
+    """What `data` is called, however it is spelled: a name from `datasets`, or 'text', as it is;
+    anything else as an absolute path, if there is such a folder or file"""
     if not isinstance(data, Path) and data in (*datasets,'text'): return data
     path = Path(data).expanduser()
     return str(path.resolve()) if path.exists() else str(data)
