@@ -514,10 +514,10 @@ print(sum(float(x.abs().sum()) for dl in dls for x,_ in dl))
 '''
 def test_race(ims, tmp_path):
     "Of processes that start together one decodes each part, and all see the same"
-    ps = [process(racer, ims, tmp_path/'log', tmp_path/'go') for _ in range(3)]
+    ps = [process(racer, ims, tmp_path/'log', tmp_path/'go') for _ in range(2)]
     time.sleep(5)
     (tmp_path/'go').touch()
-    outs = [p.communicate(timeout=120) for p in ps]
+    outs = [p.communicate(timeout=300) for p in ps]
     assert len({o for o,_ in outs})==1 and all(o for o,_ in outs), outs
     assert (tmp_path/'log').read_text().count('decoded')==2
 
