@@ -1,3 +1,4 @@
+from .cache import *
 from .data import *
 from .run import *
 from .answer import *

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['augs', 'datasets', 'DigitImage', 'digits_dls', 'fetch_data', 'mnist_dls', 'cifar10_dls', 'presize_images',
-           'imagenette_dls', 'imagewoof_dls', 'check_images', 'folder_dls', 'get_dls', 'TokenMatrices', 'get_tokens']
+           'imagenette_dls', 'imagewoof_dls', 'check_images', 'folder_dls', 'data_name', 'get_dls', 'TokenMatrices',
+           'get_tokens']
 
 # %% ../../nbs/recipes/00_data.ipynb #95b8b952
 import inspect,os,shutil
@@ -19,10 +20,13 @@ from concurrent.futures import ThreadPoolExecutor
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from ..core import check_least,check_name
+from .cache import CachedDL,CachedImages,PhotoImage,cache_images,decode_images,image_side,open_image,squeeze_image
+from .cache import _eight_bits,_fault_of,_progress,_raise_faults
 
 # %% ../../nbs/recipes/00_data.ipynb #de0a06d7
 class DigitImage(Transform):
-    "A grey image of `size` pixels per side, from a file, an image, bytes 0 to 255 or floats 0 to 16; an image that is so already is returned itself"
+    """A grey image of `size` pixels per side, from a file, an image, bytes 0 to 255 or floats 0 to 16;
+    an image that is so already is returned itself"""
     def __init__(self,
         size:int # Pixels per side
     ): self.size = size
@@ -30,15 +34,28 @@ class DigitImage(Transform):
     def encodes(self, o):
         if isinstance(o, Tensor): o = o.numpy()
         if isinstance(o, np.ndarray) and o.dtype.kind=='f': o = np.round(o*255/16).clip(0, 255).astype(np.uint8)
-        im = o if isinstance(o, PILImageBW) else PILImageBW.create(o)
-        if im.mode!='L': im = im.convert('L')
+        im = o if isinstance(o, PILImageBW) else PILImageBW(open_image(o).convert('L'))
         return im if im.size==(self.size,self.size) else PILImageBW(im.resize((self.size,self.size), Image.Resampling.BILINEAR))
 
 # %% ../../nbs/recipes/00_data.ipynb #e413aea7
-def _digit_dls(ims, mean, std, size, bs, workers, path='.'):
-    block = DataBlock((TransformBlock(DigitImage(size), batch_tfms=IntToFloatTensor),CategoryBlock), get_y=attrgetter('label'), splitter=FuncSplitter(attrgetter('valid')),
-        batch_tfms=Normalize.from_stats([mean], [std]))
-    return block.dataloaders(ims, bs=bs, num_workers=workers, path=path)
+def _grey_block(size, mean, std, get_y, splitter):
+    return DataBlock((TransformBlock(DigitImage(size), batch_tfms=IntToFloatTensor),CategoryBlock), get_y=get_y,
+        splitter=splitter, batch_tfms=Normalize.from_stats([mean], [std]))
+
+def _loaders(items, block, bs, workers, path='.', keep=None, aug=None):
+    "`DataLoaders` of `items`; if `keep` gives the decoded images of a part, batches are cut from those. `aug`: name and size, for training"
+    splits = block.splitter(items)
+    block.splitter = lambda items: splits # for many files it takes seconds
+    if keep: kept = [keep([items[i] for i in idxs], part) for idxs,part in zip(splits, ('train','valid'))]
+    dsets = block.datasets(items)
+    kwargs = dict(bs=bs, path=path, after_item=block.item_tfms, after_batch=block.batch_tfms)
+    if not keep: return dsets.dataloaders(num_workers=workers, **kwargs)
+    number = dsets.vocab.o2i
+    def cached(ds, decoded, **kwargs):
+        labels = torch.tensor([number[block.get_y(o)] for o in ds.items])
+        return dict(cached=CachedImages(labels=labels, **decoded, **kwargs))
+    parts = [cached(dsets.train, kept[0], **(aug or {})),cached(dsets.valid, kept[1])]
+    return dsets.dataloaders(num_workers=0, dl_type=CachedDL, dl_kwargs=parts, **kwargs)
 
 def _read_sklearn(size):
     d,image = load_digits(),DigitImage(size)
@@ -47,15 +64,22 @@ def _read_sklearn(size):
     for im,y,v in zip(ims, d.target, np.isin(np.arange(len(ims)), valid)): im.label,im.valid = str(y),bool(v)
     return ims
 
+def _stack(ims, part=None):
+    "Grey images of one size as `CachedImages` takes them"
+    images = torch.from_numpy(np.stack(ims))[...,None] # (N, H, W, 1)
+    return dict(images=images, sizes=torch.tensor([images.shape[1:3]]).expand(len(ims), 2))
+
 def digits_dls(
     size:int, # Pixels per side
     bs:int, # Batch size
-    workers:int # Processes that load data
+    workers:int, # Processes that load data; none are needed if `cache` is not False
+    cache:bool=None # Cut batches from one tensor of all images? None: yes
 )->DataLoaders:
     "scikit-learn's digits, 1400 for training and 397 held out; one channel, normalised"
     ims = _read_sklearn(size)
     px = np.stack([o for o in ims if not o.valid])/255
-    return _digit_dls(ims, px.mean(), px.std(), size, bs, workers)
+    block = _grey_block(size, px.mean(), px.std(), attrgetter('label'), FuncSplitter(attrgetter('valid')))
+    return _loaders(ims, block, bs, workers, keep=None if cache is False else _stack)
 
 # %% ../../nbs/recipes/00_data.ipynb #01bb9648
 def fetch_data(
@@ -69,47 +93,98 @@ def fetch_data(
         raise FileNotFoundError(f"no data set in {folder}, and {url} could not be fetched ({type(e).__name__}: {e}). With a network, try again. "
             f"Without, put {arch} into {c.path('archive')}, or what it holds into {folder}. (FASTAI_HOME names another place than {c.config_path}.)") from e
 
-def _image_folder(path, size, bs, workers, splitter, item_tfms=(), batch_tfms=(), fns=None):
-    fns = fns or sorted(get_image_files(path)) # in the same order on every machine
+def _image_files(path):
+    fns = sorted(get_image_files(path), key=attrgetter('parts')) # in the same order on every machine
     if not fns: raise FileNotFoundError(f"no images in {path}: remove the folder, and it is fetched again")
-    block = DataBlock((ImageBlock,CategoryBlock), splitter=splitter, get_y=parent_label, item_tfms=item_tfms, batch_tfms=batch_tfms)
-    return block.dataloaders(fns, bs=bs, num_workers=workers, path=path)
+    return fns
 
-@lru_cache(maxsize=2)
-def _read_digits(path, size):
-    "The images below `path`, decoded and resized, with their labels"
-    fns,ims,image = sorted(get_image_files(path)),[],DigitImage(size)
-    if not fns: raise FileNotFoundError(f"no images in {path}: remove the folder, and it is fetched again")
-    for f in progress_bar(fns, leave=False) if len(fns)>1000 else fns:
-        try: ims.append(image(f))
-        except OSError as e: raise ValueError(f"{f} cannot be read: {e}") from e
-        ims[-1].label,ims[-1].valid = f.parent.name,f.parts[-3]=='testing'
-    return ims
+def _memory():
+    "Bytes of memory of this machine"
+    try: return os.sysconf('SC_PAGE_SIZE')*os.sysconf('SC_PHYS_PAGES')
+    except (AttributeError,ValueError): return 8<<30 # Windows does not say
+
+def _use_cache(cache, n, side, channels=3): return n*side*side*channels<=_memory()/4 if cache is None else cache
+
+def _keep_as(path, what, read, side, channels=3):
+    "What `_loaders` takes as `keep`: each image as `read` gives it, of `side` pixels"
+    def decode(fns): return decode_images(fns, read, side, channels)
+    return lambda fns, part: cache_images(fns, path, f'{part}-{what}-{side}', decode)
+
+def _keep_digits(path, size):
+    image = DigitImage(size)
+    return _keep_as(path, 'grey', lambda f: (image(f),(size,size)), size, 1)
+
+# fastai's `parent_label` and `GrandparentSplitter`, but faster: for 60,000 files theirs take seconds
+def _label(fn): return os.path.basename(os.path.dirname(fn))
+
+def _by_part(*names):
+    "A splitter by the names of the folders above the classes', for training and for validation"
+    def split(fns):
+        found = [f.parts[-3] for f in fns]
+        return [[i for i,o in enumerate(found) if o==name] for name in names]
+    return split
 
 def mnist_dls(
     size:int, # Pixels per side
     bs:int, # Batch size
-    workers:int # Processes that load data
+    workers:int, # Processes that load data, if images are not cached
+    cache:bool=None # Decode images once? None: where they fit in a quarter of the memory
 )->DataLoaders:
-    "MNIST: 60,000 handwritten digits for training and 10,000 held out, 28 px; one channel, normalised; held in memory"
-    ims = _read_digits(path := fetch_data(URLs.MNIST), size)
-    return _digit_dls(ims, 0.1307, 0.3081, size, bs, workers, path)
+    "MNIST: 60,000 handwritten digits for training and 10,000 held out, 28 px; one channel, normalised"
+    fns = _image_files(path := fetch_data(URLs.MNIST))
+    block = _grey_block(size, 0.1307, 0.3081, _label, _by_part('training', 'testing'))
+    return _loaders(fns, block, bs, workers, path, _keep_digits(path, size) if _use_cache(cache, len(fns), size, 1) else None)
+
+def _photo_block(splitter, item_tfms, stats):
+    return DataBlock((TransformBlock(PhotoImage, batch_tfms=IntToFloatTensor),CategoryBlock), get_y=_label,
+        splitter=splitter, item_tfms=item_tfms, batch_tfms=Normalize.from_stats(*stats))
 
 def cifar10_dls(
     size:int, # Pixels per side
     bs:int, # Batch size
-    workers:int # Processes that load data
+    workers:int, # Processes that load data, if images are not cached
+    aug:str='shift', # Of training images: 'shift', flipped too; or 'cutout', which also paints over a square of half the size
+    cache:bool=None # Decode images once? None: where they fit in a quarter of the memory
 )->DataLoaders:
     "CIFAR-10: 50,000 small photos for training and 10,000 held out, 32 px; flipped, and shifted by up to an eighth of their size"
-    return _image_folder(fetch_data(URLs.CIFAR), size, bs, workers, GrandparentSplitter('train', 'test'),
-        [Resize(size, ResizeMethod.Squish), CropPad(size+size//4, PadMode.Reflection, order=1), RandomCrop(size), FlipItem(0.5)], Normalize.from_stats(*cifar_stats))
+    check_name(aug, ('shift','cutout'), 'augmentation')
+    fns = _image_files(path := fetch_data(URLs.CIFAR))
+    tfms = [Resize(size, ResizeMethod.Squish), CropPad(size+size//4, PadMode.Reflection, order=1), RandomCrop(size), FlipItem(0.5)]
+    block = _photo_block(_by_part('train', 'test'), tfms, cifar_stats)
+    keep = None
+    if _use_cache(cache, len(fns), size): keep = _keep_as(path, 'squeezed', partial(squeeze_image, side=size), size)
+    elif aug=='cutout': raise ValueError("aug='cutout' needs cached images: leave out cache=False, or give cache=True")
+    return _loaders(fns, block, bs, workers, path, keep, dict(aug=aug, size=size))
 
 # %% ../../nbs/recipes/00_data.ipynb #6e36867b
 augs = dict(crop=lambda size: RandomResizedCrop(size, min_scale=0.35), flip=Resize)
 
-def _photos(path, size, bs, workers, splitter, fns=None, aug='crop'):
-    return _image_folder(path, size, bs, workers, splitter, [augs[check_name(aug, augs, 'augmentation')](size), FlipItem(0.5)],
-        Normalize.from_stats(*imagenet_stats), fns)
+def _keep_photos(path, aug, size, check):
+    """What `_loaders` takes as `keep`: training images whole, in a square of 1.5 times the size;
+    held-out images as fastai's transform makes them. `check` looks at all of them first"""
+    def held_out(fn):
+        im = PILImage(open_image(fn).convert('RGB'))
+        return augs[aug](size)(im, split_idx=1),im.shape # a transform keeps the state of one image: one for each thread
+    def train(fns):
+        side = image_side(fns, math.ceil(1.5*size))
+        return decode_images(fns, partial(squeeze_image, side=side), side)
+    kinds = dict(train=('squeezed',train), valid=(aug,lambda fns: decode_images(fns, held_out, size)))
+    def keep(fns, part):
+        name,decode = kinds[part]
+        def checked(fns):
+            check()
+            return decode(fns)
+        return cache_images(fns, path, f'{part}-{name}-{size}', checked)
+    return keep
+
+def _photos(path, fns, size, bs, workers, splitter, aug, cache, check=noop):
+    check_name(aug, augs, 'augmentation')
+    block = _photo_block(splitter, [augs[aug](size), FlipItem(0.5)], imagenet_stats)
+    if _use_cache(cache, len(fns), math.ceil(1.5*size)): keep = _keep_photos(path, aug, size, check)
+    else:
+        keep = None
+        check()
+    return _loaders(fns, block, bs, workers, path, keep, dict(aug=aug, size=size))
 
 def presize_images(
     path, # Folder of images
@@ -126,52 +201,52 @@ def presize_images(
             os.replace(tmp, dest)
     return dest
 
-def _imagenette(name, size, bs, workers, aug='crop', presize=False):
+def _imagenette(name, size, bs, workers, aug='crop', presize=False, cache=None):
     px = '_160' if size<=128 else '_320' if size<=256 else ''
     if presize and size>80: px = '_320' if size<=160 else ''
     path = fetch_data(getattr(URLs, f'{name}{px}'))
-    return _photos(presize_images(path, 2*size) if presize else path, size, bs, workers, GrandparentSplitter('train', 'val'), aug=aug)
+    if presize: path = presize_images(path, 2*size)
+    return _photos(path, _image_files(path), size, bs, workers, _by_part('train', 'val'), aug, cache)
 
 def imagenette_dls(
     size:int, # Pixels per side; up to 128 from the archive of 160 px, up to 256 from that of 320 px
     bs:int, # Batch size
-    workers:int, # Processes that load data
+    workers:int, # Processes that load data, if images are not cached
     aug:str='crop', # Of training images: 'crop' (random crops, flipped) or 'flip' (the largest square, flipped)
-    presize:bool=False # From copies on disk whose longer side is twice `size`, made at the first use
+    presize:bool=False, # From copies on disk whose longer side is twice `size`, made at the first use
+    cache:bool=None # Decode images once? None: where they fit in a quarter of the memory
 )->DataLoaders:
     "Imagenette: photos of ten things that are easy to tell apart"
-    return _imagenette('IMAGENETTE', size, bs, workers, aug, presize)
+    return _imagenette('IMAGENETTE', size, bs, workers, aug, presize, cache)
 
 def imagewoof_dls(
     size:int, # Pixels per side; up to 128 from the archive of 160 px, up to 256 from that of 320 px
     bs:int, # Batch size
-    workers:int, # Processes that load data
+    workers:int, # Processes that load data, if images are not cached
     aug:str='crop', # Of training images: 'crop' (random crops, flipped) or 'flip' (the largest square, flipped)
-    presize:bool=False # From copies on disk whose longer side is twice `size`, made at the first use
+    presize:bool=False, # From copies on disk whose longer side is twice `size`, made at the first use
+    cache:bool=None # Decode images once? None: where they fit in a quarter of the memory
 )->DataLoaders:
     "Imagewoof: photos of ten breeds of dogs, which are not"
-    return _imagenette('IMAGEWOOF', size, bs, workers, aug, presize)
+    return _imagenette('IMAGEWOOF', size, bs, workers, aug, presize, cache)
 
 # %% ../../nbs/recipes/00_data.ipynb #644ec72d
 @lru_cache(maxsize=None)
-def _opens(fn, mtime):
-    "Does the image open? A file is looked at once, unless it changes"
+def _fault(fn, mtime):
+    "Why the image does not open; None if it does. A file is looked at once, unless it changes"
     try:
         with Image.open(fn) as im:
             im.draft(im.mode, (32,32))
             im.load()
-        return True
-    except Exception: return False
+            _eight_bits(im)
+    except Exception as e: return _fault_of(e) # Pillow raises many kinds
 
 def check_images(
     fns # Files of images
 ):
-    "Raise a `ValueError` that names those of `fns` that do not open: all of them, or the first ten and their number"
-    with ThreadPoolExecutor(8) as ex:
-        opens = ex.map(_opens, fns, [o.stat().st_mtime_ns for o in fns])
-        if len(fns)>1000: opens = progress_bar(opens, total=len(fns), leave=False)
-        bad = [str(f) for f,ok in zip(fns, opens) if not ok]
-    if bad: raise ValueError(f"{len(bad)} of {len(fns)} images cannot be read: {', '.join(bad[:10])}{', ...' if len(bad)>10 else ''}")
+    "Raise a `ValueError` that names those of `fns` that do not open, and why: all of them, or the first ten and their number"
+    with ThreadPoolExecutor(8) as ex: faults = list(_progress(ex.map(_fault, fns, [o.stat().st_mtime_ns for o in fns]), len(fns)))
+    _raise_faults({f: why for f,why in zip(fns, faults) if why}, len(fns))
 
 def _classes(path, least=1):
     "The images of each class folder of `path`, which has `least` or more"
@@ -193,42 +268,53 @@ def folder_dls(
     path, # A folder with train and one of val, valid, test; or with a folder for each class
     size:int, # Pixels per side
     bs:int, # Batch size
-    workers:int, # Processes that load data
-    aug:str='crop' # Of training images: 'crop' (random crops, flipped) or 'flip' (the largest square, flipped)
+    workers:int, # Processes that load data, if images are not cached
+    aug:str='crop', # Of training images: 'crop' (random crops, flipped) or 'flip' (the largest square, flipped)
+    cache:bool=None # Decode images once? None: where they fit in a quarter of the memory
 )->DataLoaders:
     "The images below `path`, looked at first, and treated as Imagenette's"
-    path = Path(path)
+    path = Path(path).expanduser().resolve()
     valid = next((o for o in ('val','valid','test') if (path/o).is_dir()), None)
     if (path/'train').is_dir() and valid:
-        parts,splitter = [_classes(path/o) for o in ('train',valid)],GrandparentSplitter('train', valid)
+        parts,splitter = [_classes(path/o) for o in ('train',valid)],_by_part('train', valid)
         if diff := set(parts[0]) ^ set(parts[1]): raise ValueError(f"train and {valid} in {path} differ in the classes {', '.join(sorted(diff))}")
     else: parts,splitter = [_classes(path, least=5)],_hold_out
     fns = L(parts).map(lambda o: o.values()).concat().concat()
-    check_images(fns)
-    return _photos(path, size, bs, workers, splitter, fns, aug)
+    return _photos(path, fns, size, bs, workers, splitter, aug, cache, check=partial(check_images, fns))
 
 # %% ../../nbs/recipes/00_data.ipynb #345c96d6
 datasets = dict(digits=digits_dls, mnist=mnist_dls, cifar10=cifar10_dls, imagenette=imagenette_dls, imagewoof=imagewoof_dls)
 _sizes = dict(digits=32, mnist=28, cifar10=32)
 
+def data_name(
+    data # A name, or the path of a folder or file
+)->str:
+    """What `data` is called, however it is spelled: a name from `datasets`, or 'text', as it is;
+    anything else as an absolute path, if there is such a folder or file"""
+    if not isinstance(data, Path) and data in (*datasets,'text'): return data
+    path = Path(data).expanduser()
+    return str(path.resolve()) if path.exists() else str(data)
+
 def get_dls(
-    data='digits', # A name from `datasets`, or a folder of images
+    data='digits', # A name from `datasets`, or a folder of images; a `Path` is always a folder
     size:int=None, # Pixels per side (default: digits and cifar10 32, mnist 28, others 128)
     bs:int=64, # Batch size
-    workers:int=None, # Processes that load data (default: digits and mnist none, others one for each CPU, at most 8)
-    **kwargs # Of photos: `aug`, 'crop' or 'flip'; of imagenette and imagewoof: `presize`
+    workers:int=None, # Processes that load data; cached images need none (default: one for each CPU, at most 8)
+    cache:bool=None, # Decode images once, keep them on disk, augment whole batches? None: where they fit in a quarter of the memory
+    **kwargs # Of photos: `aug`, 'crop' or 'flip' (of cifar10 'shift' or 'cutout'); of imagenette and imagewoof: `presize`
 )->DataLoaders:
     """`DataLoaders` of a data set; their `path` is the folder of the images, if there is one.
     A `ValueError` for an unknown name or unusable images, a `FileNotFoundError` if the data are not there and cannot be fetched"""
-    name = str(data)
-    size,workers = ifnone(size, _sizes.get(name, 128)),ifnone(workers, 0 if name in ('digits','mnist') else min(8, num_cpus()))
+    name = data_name(data)
+    size,workers = ifnone(size, _sizes.get(name, 128)),ifnone(workers, 0 if name=='digits' else min(8, num_cpus()))
     check_least(1, size=size, bs=bs)
     check_least(0, workers=workers)
+    if not (cache is None or isinstance(cache, bool)): raise ValueError(f"cache must be True, False or None, got {cache!r}")
     if name in datasets: make = datasets[name]
-    elif Path(data).is_dir(): make = partial(folder_dls, data)
+    elif Path(name).is_dir(): make = partial(folder_dls, name)
     else: check_name(name, datasets, 'data set (a name, or the path to a folder of images)')
     for k in kwargs: check_name(k, set(inspect.signature(make).parameters)&{'aug','presize'}, f'option for {name}')
-    dls = make(size, bs, workers, **kwargs)
+    dls = make(size, bs, workers, cache=cache, **kwargs)
     if not len(dls.train): raise ValueError(f"bs must be at most the number of images for training, {len(dls.train_ds)}, got {bs}")
     return dls
 
@@ -245,12 +331,11 @@ class TokenMatrices:
     def new_empty(self): return TokenMatrices(self.tokens[:0], self.vocab, None if self.labels is None else self.labels[:0], self.classes) # for `learn.export`
     def __getitem__(self, i): return (self.tokens[i].long(),) if self.labels is None else (self.tokens[i].long(),self.labels[i])
 
-def _grey(ims, levels):
-    "Images as `levels` shades of grey"
-    px,classes = torch.from_numpy(np.stack(ims)),sorted({o.label for o in ims})
-    tokens,labels = (px*((levels-1)/255)).round().byte(),torch.tensor([classes.index(o.label) for o in ims])
-    valid = torch.tensor([o.valid for o in ims])
-    return [TokenMatrices(tokens[o], range(levels), labels[o], classes) for o in (~valid,valid)]
+def _grey(images, labels, valid, levels):
+    "Images (N, H, W, 1) as `levels` shades of grey; `valid` says which are held out"
+    classes,valid = sorted(set(labels)),torch.tensor(valid)
+    tokens,numbers = (images[...,0]*((levels-1)/255)).round().byte(),torch.tensor([classes.index(o) for o in labels])
+    return [TokenMatrices(tokens[o], range(levels), numbers[o], classes) for o in (~valid,valid)]
 
 def _characters(data, size):
     "A text, cut into squares of characters, line by line: to train on from each `size` characters on, to validate on without overlap"
@@ -263,8 +348,13 @@ def _characters(data, size):
     return [TokenMatrices(o.unfold(0, n, step).unflatten(1, (size,size)), vocab) for o,step in ((ids[:cut],size),(ids[cut:],n))]
 
 def _read_tokens(data, size, levels):
-    if data not in ('digits','mnist'): return _characters(data, size)
-    return _grey(_read_sklearn(size) if data=='digits' else _read_digits(fetch_data(URLs.MNIST), size), levels)
+    if data=='digits':
+        ims = _read_sklearn(size)
+        return _grey(_stack(ims)['images'], [o.label for o in ims], [o.valid for o in ims], levels)
+    if data!='mnist': return _characters(data, size)
+    fns = _image_files(path := fetch_data(URLs.MNIST))
+    images = _keep_digits(path, size)(fns, 'all')['images']
+    return _grey(images, [_label(f) for f in fns], [f.parts[-3]=='testing' for f in fns], levels)
 
 _matrix_sizes = dict(digits=8, mnist=14, text=16)
 
@@ -276,7 +366,7 @@ def get_tokens(
     workers:int=None # Processes that load data (default: none)
 )->DataLoaders: # Of tokens (bs, size, size), and classes (bs,) where there are some
     "`DataLoaders` of matrices of tokens; their data sets are `TokenMatrices`. A `ValueError` for an unknown name, and numbers that cannot be"
-    data = str(data)
+    data = data_name(data)
     if not Path(data).is_file(): check_name(data, _matrix_sizes, 'data set (a name, or a text file)')
     size = ifnone(size, _matrix_sizes.get(data, 16))
     check_least(1, size=size, bs=bs)
