@@ -60,12 +60,12 @@ def test_orders_are_taken():
     assert [cheapest_order(*o) for o in [(64,1024), (256,256), (256,225), (512,16)]]==['channel','conv','conv','position']
     assert 'channel' not in multiply_adds(8, 8, ks=3)
 
-@pytest.mark.parametrize('c,n', [(16,64), (64,8)])
+@pytest.mark.parametrize('c,n', [(64,256), (64,8)])
 def test_multiply_adds(c, n):
     "What the hand-written order multiplies is what the table says; autograd's own may do one product of x xT more"
-    from torch.utils.flop_counter import FlopCounterMode,baddbmm_flop
+    from torch.utils.flop_counter import FlopCounterMode
     x,w,gain = torch.randn(2, c, n, requires_grad=True),torch.randn(c, c, 1, requires_grad=True),torch.tensor(0.1, requires_grad=True)
-    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.baddbmm_: lambda *shapes, out_shape=None, **kw: baddbmm_flop(*shapes)}) as m: simple_attention(x, w, gain).sum().backward()
+    with FlopCounterMode(display=False) as m: simple_attention(x, w, gain).sum().backward()
     assert m.get_total_flops()==2*2*multiply_adds(c, n)[cheapest_order(c, n)]
 
 @few
