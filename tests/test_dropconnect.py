@@ -36,7 +36,7 @@ def test_oracle(lead, i, o, p, bias, transposed, held):
         if not held: m.setattr(module, '_few', -1)
         y = seeded(dropconnect, x, w, b, p)
     rows = x.reshape(-1, i)
-    if held: mask,scale = seeded(lambda: torch.empty(len(rows), o, i).double().bernoulli_(1-p)),1/(1-p)
+    if held: mask,scale = seeded(lambda: torch.rand(len(rows), o, i)>=p).double(),1/(1-p)
     else: mask,scale = whole_mask(len(rows), i, o, p, next_seed()),2**_digits/_ones(p)
     expected = (torch.einsum('roi,oi,ri->ro', mask, w, rows)*scale + (b if bias else 0)).view(*lead, o)
     torch.testing.assert_close(y, expected)
@@ -233,7 +233,7 @@ def test_conv_oracle(data):
         ins = [o for o in (x,l.weight,l.bias) if o is not None]
         grads = torch.autograd.grad(y, ins, g)
     torch.manual_seed(0)
-    masks = torch.cat([torch.empty(len(o), *l.weight.shape).double().bernoulli_(1-p) for o in x.split(step)]) if b else []
+    masks = torch.cat([torch.rand(len(o), *l.weight.shape)>=p for o in x.split(step)]) if b else []
     want = torch.cat([conv(x[i:i+1], masks[i]*l.weight/(1-p), l.bias, groups=groups, **args) for i in range(b)]) if b else l.eval()(x)
     torch.testing.assert_close(y, want)
     for a,e in zip(grads, torch.autograd.grad(want, ins, g)): torch.testing.assert_close(a, e)

@@ -41,7 +41,9 @@ def cheapest_order(
     return best
 
 # %% ../../nbs/layers/00_simple.ipynb #11086288
-def _mean_bmm(a, b, n): return torch.baddbmm(a.new_empty(()), a, b, beta=0, alpha=1/max(n,1))
+def _div_bmm(a, b, div):
+    "`a b / div`, divided before it is rounded to fp16"
+    return torch.bmm(a, b) if div==1 else torch.baddbmm(a.new_empty(()), a, b, beta=0, alpha=1/div)
 
 def _add_bmm(x, p, q, last):
     "`x + p q` (B, C, N) in the dtype of `x`; its transpose (B, N, C) where the channels are `last` in memory. Never a view, which nobody could change in place behind a custom function"
@@ -50,42 +52,41 @@ def _add_bmm(x, p, q, last):
 
 # %% ../../nbs/layers/00_simple.ipynb #9f58fc85
 class _ChannelOrder(torch.autograd.Function):
-    "`x + ((x xT / N) w) x` with products in `dtype`, as `_add_bmm` returns it; with it the two matrices that backward needs"
+    "`x + ((x xT / div) w) x` with products in `dtype`, as `_add_bmm` returns it; with it the two matrices that backward needs"
     generate_vmap_rule = True
     @staticmethod
-    def forward(x, w, dtype, last):
+    def forward(x, w, dtype, last, div):
         h = x.to(dtype)
-        s = _mean_bmm(h, h.mT, x.shape[-1]) # (B, C, C)
+        s = _div_bmm(h, h.mT, div) # (B, C, C)
         m = s@w.to(dtype) # (B, C, C)
         return _add_bmm(x, m, h, last),s,m
 
     @staticmethod
     def setup_context(ctx, inputs, outputs):
-        x,w,_,ctx.last = inputs
+        x,w,_,ctx.last,ctx.div = inputs
         ctx.mark_non_differentiable(*outputs[1:])
         ctx.set_materialize_grads(False) # no zeros in place of the gradients of the two matrices
         ctx.save_for_backward(x, w, *outputs[1:])
 
     @staticmethod
     def backward(ctx, g, *_):
-        if g is None: return None,None,None,None
+        if g is None: return (None,)*5
         x,w,s,m = ctx.saved_tensors
-        n = x.shape[-1]
         if ctx.last: g = g.mT # (B, C, N)
         h,wh,gh = (o.to(s.dtype) for o in (x,w,g))
         if torch.is_grad_enabled(): # for gradients of gradients, which s and m as saved have not
-            s = _mean_bmm(h, h.mT, n)
+            s = _div_bmm(h, h.mT, ctx.div)
             m = s@wh
-        d = _mean_bmm(gh, h.mT, n) # (B, C, C)
-        dw = n*(s.flatten(0,1).T@d.flatten(0,1)).to(w.dtype)
+        d = _div_bmm(gh, h.mT, ctx.div) # (B, C, C)
+        dw = ctx.div*(s.flatten(0,1).T@d.flatten(0,1)).to(w.dtype)
         d = d@wh.T
         for p,q in ((m.mT,gh),(d+d.mT,h)):
             g = _add_bmm(g, p, q, ctx.last)
             if ctx.last: g = g.mT # (B, C, N)
-        return g,dw,None,None
+        return g,dw,None,None,None
 
 # %% ../../nbs/layers/00_simple.ipynb #618c2b27
-_worthwhile = 2**19 # multiply-adds of one product, from which on `_ChannelOrder` is faster than autograd
+_worthwhile = 2**21 # multiply-adds of one product, from which on `_ChannelOrder` is faster than autograd
 
 def simple_attention(
     x:torch.Tensor, # (B, C, N), floating point
@@ -98,18 +99,20 @@ def simple_attention(
     if not x.is_floating_point(): raise TypeError(f"simple self-attention takes floating point input, got {x.dtype}")
     (b,c,n),ks = x.shape,weight.shape[-1]
     dtype,last = autocast_dtype(x.device.type) or weight.dtype,x.stride(1)==1
-    w = (gain if scale else gain*n)*weight.to(gain.dtype)
+    div = max(n, 1) if dtype==torch.float16 else 1
+    factor = div/max(n, 1) if scale else div
+    w = (gain if factor==1 else gain*factor)*weight.to(gain.dtype)
     order = cheapest_order(c, n, ks)
-    if order=='channel' and (torch.compiler.is_compiling() or b*c*c*n>=_worthwhile): y = _ChannelOrder.apply(x, w[...,0], dtype, last)[0]
-    else: y = _by_autograd(order, x, w.to(dtype), last)
+    if order=='channel' and (torch.compiler.is_compiling() or b*c*c*n>=_worthwhile): y = _ChannelOrder.apply(x, w[...,0], dtype, last, div)[0]
+    else: y = _by_autograd(order, x, w.to(dtype), last, div)
     return y.mT if last else y
 
-def _by_autograd(order, x, w, last):
-    h,n = x.to(w.dtype),x.shape[-1]
-    if order=='channel': return _add_bmm(x, _mean_bmm(h, h.mT, n)@w[...,0], h, last)
+def _by_autograd(order, x, w, last, div):
+    h = x.to(w.dtype)
+    if order=='channel': return _add_bmm(x, _div_bmm(h, h.mT, div)@w[...,0], h, last)
     wh = F.conv1d(h, w, padding=w.shape[-1]//2)
-    if order=='conv': return _add_bmm(x, _mean_bmm(h, h.mT, n), wh, last)
-    return _add_bmm(x, h, _mean_bmm(h.mT, wh, n), last)
+    if order=='conv': return _add_bmm(x, _div_bmm(h, h.mT, div), wh, last)
+    return _add_bmm(x, h, _div_bmm(h.mT, wh, div), last)
 
 # %% ../../nbs/layers/00_simple.ipynb #bd12ec5a
 def _unit(x): return x/torch.linalg.vector_norm(x).clamp_min(1e-12)
@@ -169,8 +172,9 @@ class SimpleSelfAttention(nn.Module):
         step = self.training and not _recomputing()
         with no_autocast(kernel.device.type):
             w = kernel.flatten(1)
-            w = w.to(torch.promote_types(w.dtype, torch.float32))
-            u,v = (o.to(w.dtype, copy=not step) for o in (self.u,self.v)) # copies, for buffers may be overwritten before backward
+            if w.dtype.itemsize<4: w = w.float()
+            copy = torch.is_grad_enabled() and not step # buffers may be overwritten before backward
+            u,v = self.u.to(w.dtype, copy=copy),self.v.to(w.dtype, copy=copy)
             if step: v = self._follow('v', w.detach().T@u)
             wv = w@v
             if step: u = self._follow('u', wv.detach())
