@@ -23,7 +23,7 @@ def autocast_dtype(
     device_type:str # 'cpu', 'cuda', 'meta', ...
 ): # A dtype, or None where autocast is off
     "The dtype that autocast computes in"
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type): return torch.get_autocast_dtype(device_type)
+    if device_type!='meta' and torch.is_autocast_enabled(device_type): return torch.get_autocast_dtype(device_type)
 
 def no_autocast(
     device_type:str # 'cpu', 'cuda', 'meta', ...
