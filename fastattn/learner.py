@@ -7,10 +7,11 @@ __all__ = ['stem_body_head', 'ssa_learner', 'projection_learner', 'dropconnect_l
            'nonlinear_learner']
 
 # %% ../nbs/02_learner.ipynb #8dcb110f
-import inspect
+import inspect,torch
 from functools import partial
 from math import prod
 from torch import nn
+from fastai.callback.preds import MCDropoutCallback
 from fastai.learner import Learner
 from fastai.losses import BCEWithLogitsLossFlat,CrossEntropyLossFlat
 from fastai.metrics import accuracy,accuracy_multi
@@ -21,7 +22,7 @@ from fastai.vision.models.xresnet import xresnet18
 from fastcore.basics import ifnone,patch
 from fastcore.foundation import L
 from fastcore.meta import delegates
-from .callback import MaskTokens,NoWeightDecay,SpanRecorder,UpdateWindows,masked_accuracy
+from .callback import MaskTokens,NoWeightDecay,SpanRecorder,UpdateWindows,masked_accuracy,random_layers
 from .core import check_least,check_name
 from .layers.dropconnect import DropConnect,to_dropconnect
 from .layers.position import GaussianSpan
@@ -219,12 +220,25 @@ def dropconnect_learner(
 @patch
 def to_dropconnect(self:Learner,
     p:float=0.5, # Probability of dropping each weight, in [0, 1)
-    layers=None, # Names of linear layers; default: all
-    inference:str='mean' # 'mean' or 'gaussian'
+    layers=None, # Names of linear, convolutional, LSTM or GRU layers; default: all linear ones
+    inference:str='mean' # 'mean', or 'gaussian' for linear layers
 )->Learner: # The same
-    "Make linear layers of the model drop connections, as `fastattn.layers.dropconnect.to_dropconnect`"
+    "Make layers of the model drop connections, as `fastattn.layers.dropconnect.to_dropconnect`"
     self.model = to_dropconnect(self.model, p, layers, inference)
     return self
+
+# %% ../nbs/02_learner.ipynb #d4e2b002
+@patch
+def mc_preds(self:Learner,
+    n:int=30, # Number of passes
+    ds_idx:int=1, # Which of the DataLoaders: 1 for validation
+    dl=None # Or any other DataLoader
+)->tuple: # Predictions (n, items, ...) and targets
+    "Predictions with dropout and DropConnect as in training, `n` times. Raises `ValueError` for a model that drops nothing"
+    check_least(1, n=n)
+    if not random_layers(self.model): raise ValueError("the model has neither dropout nor DropConnect layers for mc_preds; learn.to_dropconnect() makes some")
+    with self.no_bar(): passes = [self.get_preds(ds_idx, dl, cbs=MCDropoutCallback()) for _ in range(n)]
+    return torch.stack([preds for preds,_ in passes]),passes[0][1]
 
 # %% ../nbs/02_learner.ipynb #61d0c984
 def positional_learner(

@@ -3,12 +3,12 @@ import copy,math,socket
 import pytest,torch
 import torch.multiprocessing as mp
 from fastai.basics import DataLoaders,MSELossFlat,SGD,error_rate,load_learner,partial,set_seed
-from fastai.callback.all import ChannelsLast
+from fastai.callback.all import ChannelsLast,MCDropoutCallback
 from torch.optim.swa_utils import AveragedModel
 from fastai.losses import CrossEntropyLossFlat
 from fastai.callback.schedule import SchedCos,SchedLin
 from fastattn.callback import Autocast,DropConnectSchedule,NoWeightDecay
-from fastattn.layers.dropconnect import DropConnect
+from fastattn.layers.dropconnect import DropConnect,dropconnect_layers
 from fastattn.layers.simple import SimpleSelfAttention
 from fastattn.learner import dropconnect_learner,positional_learner,projection_learner,ssa_learner
 from fastattn.recipes.data import get_dls
@@ -210,6 +210,29 @@ def test_schedule(few):
     with pytest.raises(ValueError, match='no DropConnect layers'): fit(small(few, cbs=DropConnectSchedule(SchedLin(0., 0.5))))
     for sched in (SchedLin(0., 1.), SchedLin(-0.1, 0.5), lambda pos: 1.5 if pos==0.5 else 0.):
         with pytest.raises(ValueError, match='p is the probability'): DropConnectSchedule(sched)
+
+@pytest.mark.parametrize('drop', ['dropconnect','dropout'])
+def test_mc_preds(few, drop):
+    "Passes differ, and their spread is that of the masks; the model predicts as before afterwards"
+    set_seed(0)
+    learn = dropconnect_learner(few, hidden=(20,), p=0.5, drop=drop)
+    before = learn.get_preds()[0]
+    preds,targets = learn.mc_preds(5)
+    assert preds.shape==(5,64,10) and targets.shape==(64,) and preds.std(0).mean()>0.005
+    passes = [learn.get_preds(cbs=MCDropoutCallback())[0] for _ in range(2)]
+    assert not torch.equal(*passes)
+    assert torch.equal(learn.get_preds()[0], before) and learn.mc_preds(2, dl=few.valid)[0].shape==(2,64,10)
+    assert not any(isinstance(o, MCDropoutCallback) for o in learn.cbs)
+
+def test_mc_preds_needs_something_random(few):
+    with pytest.raises(ValueError, match='neither dropout nor DropConnect'): dropconnect_learner(few, drop='none').mc_preds()
+    with pytest.raises(ValueError, match='n must be at least 1'): dropconnect_learner(few).mc_preds(0)
+
+def test_schedule_of_all_kinds(few):
+    learn = small(few).to_dropconnect(0.5)
+    learn.to_dropconnect(0.5, layers=[n for n,m in learn.model.named_modules() if type(m) is torch.nn.Conv2d][:1])
+    fit(learn, cbs=DropConnectSchedule(SchedLin(0., 0.4)))
+    assert {o.p for o in dropconnect_layers(learn.model).values()}=={learn.model[-1].p} and len(dropconnect_layers(learn.model))==2 and 0.2<learn.model[-1].p<0.4
 
 @pytest.mark.parametrize('f,message', [(lambda d: projection_learner(d, size_projection=1), 'size_projection must be at least 2'), (lambda d: projection_learner(d, p=1.), 'p is the probability of dropout'),
     (lambda d: dropconnect_learner(d, drop='droput'), "Did you mean 'dropout'"), (lambda d: dropconnect_learner(d, hidden=(8,0)), 'hidden must be numbers of units'),

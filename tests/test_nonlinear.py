@@ -138,12 +138,23 @@ def test_precision():
     (lambda: small().generate(steps=0), 'steps must be at least 1'),
     (lambda: small().generate(temperature=-1), 'temperature must be at least 0'),
     (lambda: small().generate(temperature=math.nan), 'temperature must be at least 0'),
+    (lambda: small().generate(temperature=math.inf), 'temperature must be at least 0'),
+    (lambda: small().generate(temperature=1e-39), 'temperature must be at least 0, and 0 or from 1e-6'),
+    (lambda: small().generate(temperature='hot'), 'temperature must be at least 0'),
+    (lambda: small().generate(torch.full((5,5), -2)), 'prompt must be -1, or tokens from 0 to 6, got -2'),
+    (lambda: small().generate(torch.zeros(5, 5)), 'prompt must be whole numbers'),
+    (lambda: small(n_labels=3).classify(torch.zeros(5, dtype=torch.long)), r'tokens must be whole numbers, .* of shape \(5,\)'),
+    (lambda: small(n_labels=3).classify(torch.zeros(5, 5)), 'tokens must be whole numbers'),
+    (lambda: small(n_labels=3).classify(torch.full((5,5), -1)), 'known in one cell'),
+    (lambda: small(n_labels=3).classify(torch.full((5,5), -3)), 'tokens must be -1 where'),
+    (lambda: small()(torch.ones(5, 5, dtype=torch.bool)), 'tokens must be whole numbers'),
+    (lambda: small(n_labels=3)(torch.zeros(5, 5, dtype=torch.long), label=0.5), 'label must be whole numbers'),
     (lambda: small().generate(top_k=0), 'top_k must be at least 1'),
     (lambda: small().generate((5,)), 'prompt must be 2 whole numbers'),
     (lambda: small().generate(5), 'prompt must be 2 whole numbers'),
     (lambda: small().generate((5,0)), 'prompt must be 2 whole numbers'),
     (lambda: small().generate(torch.zeros(0, 5, dtype=torch.long)), 'not empty'),
-    (lambda: small().generate(torch.full((5,5), 9)), 'from 0 to 6, got 9'),
+    (lambda: small().generate(torch.full((5,5), 9)), 'tokens from 0 to 6, got 9'),
     (lambda: small().generate(torch.zeros(5, dtype=torch.long)), 'prompt must be'),
     (lambda: small().classify(torch.zeros(5, 5, dtype=torch.long)), 'classify needs a model with classes'),
     (lambda: small(n_labels=3).classify(torch.zeros(5, 5, dtype=torch.long), rounds=0), 'rounds must be at least 1'),
@@ -203,6 +214,30 @@ def test_copies_compile_export():
     torch._dynamo.reset()
     exported = torch.export.export(m, (x,mask,torch.tensor([0,1]))).module()
     for o in (copy.deepcopy(m),fresh,torch.compile(m, backend='eager', fullgraph=True),exported): torch.testing.assert_close(o(x, mask, torch.tensor([0,1])), want, rtol=1e-4, atol=1e-5)
+
+@pytest.mark.parametrize('dtype', [torch.uint8,torch.int16,torch.int32])
+def test_small_types(dtype):
+    m,x = small(n_labels=3).eval(),torch.randint(0, 7, (2,5,5))
+    mask = torch.rand(x.shape)<0.5
+    assert torch.equal(m(x.to(dtype), mask), m(x, mask)) and torch.equal(m(x.to(dtype)), m(x))
+    g = lambda o: m.generate(o, temperature=0)
+    assert torch.equal(g(x.to(dtype)), x)
+    c = lambda o: m.classify(o, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(c(x.to(dtype)), c(x))
+    assert torch.equal(m(x, label=torch.tensor([0,1], dtype=dtype)), m(x, label=torch.tensor([0,1])))
+
+def test_every_parameter_has_a_gradient():
+    "Also in batches without a mask or a class, as DistributedDataParallel asks"
+    m,x = small(n_labels=3),torch.randint(0, 7, (2,5,5))
+    for kwargs in ({}, dict(mask=torch.zeros_like(x, dtype=torch.bool)), dict(mask=torch.ones_like(x, dtype=torch.bool)), dict(label=1)):
+        m.zero_grad()
+        m(x, **kwargs).sum().backward()
+        assert all(p.grad is not None for p in m.parameters() if p.requires_grad)
+
+def test_meta_check():
+    "The checks of tokens and labels, which look at values, are left out on the meta device"
+    m,x = small(n_labels=3).to('meta'),torch.zeros(2, 5, 5, dtype=torch.long, device='meta')
+    assert m._check(x, None) is None and m._labels(torch.zeros(2, dtype=torch.long, device='meta'), 2, 'meta').is_meta
 
 # Writing
 

@@ -73,7 +73,9 @@ def test_copies_compile_export():
     for f in (copy.deepcopy(l), pickle.loads(pickle.dumps(l)), torch.compile(l, fullgraph=True, backend='aot_eager'), torch.export.export(l, (x,)).module()):
         for a,b in zip(f(x), l(x)): torch.testing.assert_close(a, b)
 
-@pytest.mark.parametrize('args,message', [(((0,3),4), 'size_input'), (((3,),4), 'size_input'), (((3,3),1), 'size_projection'), (((3,3),0), 'size_projection')])
+@pytest.mark.parametrize('args,message', [(((0,3),4), 'size_input'), (((3,),4), 'size_input'), (((3,3),1), 'size_projection'), (((3,3),0), 'size_projection'),
+    ((28,8), r'size_input must be two positive sizes, \(rows, columns\), got 28'), ((None,8), 'size_input'), (('ab',8), 'size_input'), (((3,2.5),8), 'columns of size_input'), (((3,3),2.5), 'size_projection'),
+    *((((3,3),4,eps), 'eps must be a number, at least 0 and finite') for eps in (None,-1,float('nan'),float('inf'),'1e-5'))])
 def test_bad_arguments(args, message):
     with pytest.raises(ValueError, match=message): SelfProjection(*args)
 
@@ -82,3 +84,16 @@ def test_bad_input():
     for shape in ((2,5,6), (6,), (2,6,4)):
         with pytest.raises(ValueError, match=r'size_input=\(6, 5\)'): l(torch.zeros(shape))
     with pytest.raises(TypeError, match='floating point'): l(torch.zeros(2,6,5, dtype=torch.long))
+
+def test_meta_forward():
+    l = SelfProjection((6,5), 4, device='meta')
+    ys = l(torch.empty(3, 6, 5, device='meta', requires_grad=True))
+    sum(y.sum() for y in ys).backward()
+    assert all(y.is_meta and y.shape==(3,4,4) for y in ys)
+
+def test_one_graph_for_all_batches():
+    torch._dynamo.reset()
+    counter,l = torch._dynamo.testing.CompileCounter(),layer((6,5), 4, torch.float32)
+    f = torch.compile(l, backend=counter, fullgraph=True)
+    for b in range(2, 14): f(torch.randn(b, 6, 5))[0].sum().backward()
+    assert counter.frame_count<=2

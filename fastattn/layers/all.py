@@ -5,3 +5,4 @@ from .position import *
 from .positional import *
 from .projection import *
 from .simple import *
+from .tensor import *

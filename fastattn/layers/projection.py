@@ -7,7 +7,11 @@ __all__ = ['SelfProjection']
 
 # %% ../../nbs/layers/01_projection.ipynb #e85ba9d1
 import torch
+from math import inf
+from numbers import Real
 from torch import nn
+from ..core import check_least
+from .tensor import no_autocast,plain
 
 # %% ../../nbs/layers/01_projection.ipynb #e6085133
 def _norm(x, gamma, beta, dims, eps):
@@ -16,7 +20,7 @@ def _norm(x, gamma, beta, dims, eps):
 
 class SelfProjection(nn.Module):
     """Projects `(*, I, J)` to `(*, S, S)`, as self-projection 0.1.0: same parameters, same names.
-    A `ValueError` for sizes below 1, a projection below 2 (its standard deviation would not be defined), and inputs of another size"""
+    Returns plain tensors. Raises `ValueError` for sizes below 1, a projection below 2 (its standard deviation would not be defined), an invalid `eps`, and inputs of another size, `TypeError` for inputs that are not floating point"""
     def __init__(self,
         size_input, # Rows and columns of the input, (I, J)
         size_projection:int, # Rows and columns of the projection, S; at least 2
@@ -25,11 +29,12 @@ class SelfProjection(nn.Module):
         dtype=None # Their dtype
     ):
         super().__init__()
-        size_input = tuple(size_input)
-        if len(size_input)!=2 or min(size_input)<1: raise ValueError(f"size_input must be two positive sizes, (rows, columns), got {size_input}")
-        if size_projection<2: raise ValueError(f"size_projection must be at least 2, got {size_projection}")
-        self.size_input,self.size_projection,self.eps = size_input,size_projection,eps
-        (i,j),s,kw = size_input,size_projection,dict(device=device, dtype=dtype)
+        if not isinstance(size_input, (tuple,list)) or len(size_input)!=2: raise ValueError(f"size_input must be two positive sizes, (rows, columns), got {size_input!r}")
+        check_least(1, **{'rows of size_input': size_input[0], 'columns of size_input': size_input[1]})
+        check_least(2, size_projection=size_projection)
+        if not isinstance(eps, Real) or not 0<=eps<inf: raise ValueError(f"eps must be a number, at least 0 and finite, got {eps!r}")
+        self.size_input,self.size_projection,self.eps = tuple(size_input),size_projection,eps
+        (i,j),s,kw = self.size_input,size_projection,dict(device=device, dtype=dtype)
         for name,rows in dict(original_xj_y=j, original_xi_y=i, permuted_xj_y=i, permuted_xi_y=j).items():
             self.register_parameter(name, nn.Parameter(torch.empty(rows, s, **kw)))
         for name,shape in dict(o_sum=(s,), o=(s,s), p_sum=(s,), p=(s,s)).items():
@@ -58,8 +63,8 @@ class SelfProjection(nn.Module):
         if tuple(x.shape[-2:])!=self.size_input:
             raise ValueError(f"the last two axes of the input must be size_input={self.size_input}, got shape {tuple(x.shape)}")
         if not x.is_floating_point(): raise TypeError(f"SelfProjection takes floating point input, got {x.dtype}")
-        with torch.autocast(x.device.type, enabled=False):
-            A,B,a,b = self.project(x.to(torch.promote_types(x.dtype, self.gamma.dtype)))
+        with no_autocast(x.device.type):
+            A,B,a,b = self.project(plain(x).to(torch.promote_types(x.dtype, self.gamma.dtype)))
             A,B = _norm(A, self.gamma_o, self.beta_o, (-1,-2), self.eps),_norm(B, self.gamma_p, self.beta_p, (-1,-2), self.eps)
             a,b = _norm(a, self.gamma_o_sum, self.beta_o_sum, -1, self.eps)+1,_norm(b, self.gamma_p_sum, self.beta_p_sum, -1, self.eps)+1
             relations = a[...,None]*b[...,None,:]

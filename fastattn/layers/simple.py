@@ -7,8 +7,11 @@ __all__ = ['multiply_adds', 'cheapest_order', 'simple_attention', 'power_iterati
 
 # %% ../../nbs/layers/00_simple.ipynb #32c429af
 import torch
+from numbers import Integral
 from torch import nn
 import torch.nn.functional as F
+from ..core import check_least
+from .tensor import autocast_dtype,no_autocast,plain
 
 # %% ../../nbs/layers/00_simple.ipynb #9c69385d
 def multiply_adds(
@@ -22,99 +25,119 @@ def multiply_adds(
     return costs
 
 # %% ../../nbs/layers/00_simple.ipynb #4ca2505e
+def _check_ks(ks):
+    if not isinstance(ks, Integral) or ks<1 or ks%2==0: raise ValueError(f"ks must be odd and positive, so that the positions stay what they are; got {ks!r}")
+
 def cheapest_order(
     c:int, # Channels, C
     n:int, # Positions, N
-    ks:int=1 # Kernel size of the convolution with W
+    ks:int=1 # Kernel size of the convolution with W; odd
 )->str: # 'conv', 'channel' or 'position'
-    "The order of multiplication that costs least; `conv` in a tie, which PyTorch does a little faster"
+    "The order of multiplication that costs least; `conv` in a tie, which PyTorch does a little faster. Raises `ValueError` for an even `ks`"
+    _check_ks(ks)
     costs,best = multiply_adds(c, n, ks),'conv'
     for order in costs: # plain comparisons, which torch.compile can trace with dynamic shapes
         if costs[order]<costs[best]: best = order
     return best
 
 # %% ../../nbs/layers/00_simple.ipynb #11086288
-def _mean_bmm(a, b, n): return torch.baddbmm(a.new_empty(()), a, b, beta=0, alpha=1/max(n,1))
+def _div_bmm(a, b, div):
+    "`a b / div`, divided before it is rounded to fp16"
+    return torch.bmm(a, b) if div==1 else torch.baddbmm(a.new_empty(()), a, b, beta=0, alpha=1/div)
 
-def _add_bmm_(x, p, q):
-    "`x += p q`, whatever the dtype and the memory layout of `x`"
-    if x.dtype!=p.dtype: return x.add_(p@q)
-    return x.mT.baddbmm_(q.mT, p.mT).mT if x.stride(1)==1 else x.baddbmm_(p, q)
+def _add_bmm(x, p, q, last):
+    "`x + p q` (B, C, N) in the dtype of `x`; its transpose (B, N, C) where the channels are `last` in memory. Never a view, which nobody could change in place behind a custom function"
+    if last: x,p,q = x.mT,q.mT,p.mT
+    return torch.baddbmm(x, p, q) if x.dtype==p.dtype else (x+p@q).to(x.dtype)
 
 # %% ../../nbs/layers/00_simple.ipynb #9f58fc85
 class _ChannelOrder(torch.autograd.Function):
-    "`x + ((x xT / N) w) x` with products in `dtype`; with it the two matrices that backward needs"
+    "`x + ((x xT / div) w) x` with products in `dtype`, as `_add_bmm` returns it; with it the two matrices that backward needs"
     generate_vmap_rule = True
     @staticmethod
-    def forward(x, w, dtype):
+    def forward(x, w, dtype, last, div):
         h = x.to(dtype)
-        s = _mean_bmm(h, h.mT, x.shape[-1])
-        m = s@w.to(dtype)
-        return _add_bmm_(torch.clone(x), m, h),s,m # the method is another in fastai's TensorImage
+        s = _div_bmm(h, h.mT, div) # (B, C, C)
+        m = s@w.to(dtype) # (B, C, C)
+        return _add_bmm(x, m, h, last),s,m
 
     @staticmethod
     def setup_context(ctx, inputs, outputs):
+        x,w,_,ctx.last,ctx.div = inputs
         ctx.mark_non_differentiable(*outputs[1:])
         ctx.set_materialize_grads(False) # no zeros in place of the gradients of the two matrices
-        ctx.save_for_backward(*inputs[:2], *outputs[1:])
+        ctx.save_for_backward(x, w, *outputs[1:])
 
     @staticmethod
     def backward(ctx, g, *_):
+        if g is None: return (None,)*5
         x,w,s,m = ctx.saved_tensors
-        b,c,n = x.shape
+        if ctx.last: g = g.mT # (B, C, N)
         h,wh,gh = (o.to(s.dtype) for o in (x,w,g))
-        if torch.is_grad_enabled():
-            y = _add_bmm_(x.clone(), _mean_bmm(h, h.mT, n)@wh, h)
-            grads = iter(torch.autograd.grad(y, [o for o in (x,w) if o.requires_grad], g, create_graph=True))
-            return *(next(grads) if o.requires_grad else None for o in (x,w)),None
-        dx,dw = g.clone(),torch.zeros_like(w)
-        step = max(1, b if x.is_cuda or torch.compiler.is_compiling() else 2**17//c**2)
-        for i in range(0, b, step):
-            o = slice(i, i+step)
-            d = _mean_bmm(gh[o], h[o].mT, n)
-            dw += s[o].flatten(0,1).T@d.flatten(0,1)
-            d = d@wh.T
-            _add_bmm_(dx[o], m[o].mT, gh[o])
-            _add_bmm_(dx[o], d+d.mT, h[o])
-        return dx,n*dw,None
+        if torch.is_grad_enabled(): # for gradients of gradients, which s and m as saved have not
+            s = _div_bmm(h, h.mT, ctx.div)
+            m = s@wh
+        d = _div_bmm(gh, h.mT, ctx.div) # (B, C, C)
+        dw = ctx.div*(s.flatten(0,1).T@d.flatten(0,1)).to(w.dtype)
+        d = d@wh.T
+        for p,q in ((m.mT,gh),(d+d.mT,h)):
+            g = _add_bmm(g, p, q, ctx.last)
+            if ctx.last: g = g.mT # (B, C, N)
+        return g,dw,None,None,None
 
 # %% ../../nbs/layers/00_simple.ipynb #618c2b27
+_worthwhile = 2**21 # multiply-adds of one product, from which on `_ChannelOrder` is faster than autograd
+
 def simple_attention(
     x:torch.Tensor, # (B, C, N), floating point
     weight:torch.Tensor, # (C, C, ks): a convolution's weight over the flattened positions, `ks` odd
-    gain:torch.Tensor, # A single number
+    gain:torch.Tensor, # A single number, () or (1,)
     scale:bool=False # Divide the branch by N?
-)->torch.Tensor: # (B, C, N) in the dtype of `x`
-    "`x + gain (x xT)(weight x)`, in the order of multiplication that is cheapest for the shape"
-    (_,c,n),ks,dev = x.shape,weight.shape[-1],x.device.type
-    dtype = torch.get_autocast_dtype(dev) if torch.is_autocast_enabled(dev) else weight.dtype
-    w = gain.reshape(()) * (1 if scale else n) * weight.to(gain.dtype)
+)->torch.Tensor: # (B, C, N) in the dtype and the memory layout of `x`
+    "`x + gain (x xT)(weight x)`, in the order of multiplication that is cheapest for the shape. Raises `ValueError` for an even `ks`, `TypeError` if `x` is not floating point"
+    x = plain(x)
+    if not x.is_floating_point(): raise TypeError(f"simple self-attention takes floating point input, got {x.dtype}")
+    (b,c,n),ks = x.shape,weight.shape[-1]
+    dtype,last = autocast_dtype(x.device.type) or weight.dtype,x.stride(1)==1
+    div = max(n, 1) if dtype==torch.float16 else 1
+    factor = div/max(n, 1) if scale else div
+    w = (gain if factor==1 else gain*factor)*weight.to(gain.dtype)
     order = cheapest_order(c, n, ks)
-    if order=='channel':
-        with torch._C.DisableTorchFunctionSubclass(): # fastai's TensorImage would make a view of the result, which nobody could change in place
-            return _ChannelOrder.apply(x, w[...,0], dtype)[0]
-    h = x.to(dtype)
-    wh = F.conv1d(h, w.to(dtype), padding=ks//2)
-    if order=='conv': return _add_bmm_(x.clone(), _mean_bmm(h, h.mT, n), wh)
-    return _add_bmm_(x.clone(), h, _mean_bmm(h.mT, wh, n))
+    if order=='channel' and (torch.compiler.is_compiling() or b*c*c*n>=_worthwhile): y = _ChannelOrder.apply(x, w[...,0], dtype, last, div)[0]
+    else: y = _by_autograd(order, x, w.to(dtype), last, div)
+    return y.mT if last else y
+
+def _by_autograd(order, x, w, last, div):
+    h = x.to(w.dtype)
+    if order=='channel': return _add_bmm(x, _div_bmm(h, h.mT, div)@w[...,0], h, last)
+    wh = F.conv1d(h, w, padding=w.shape[-1]//2)
+    if order=='conv': return _add_bmm(x, _div_bmm(h, h.mT, div), wh, last)
+    return _add_bmm(x, h, _div_bmm(h.mT, wh, div), last)
 
 # %% ../../nbs/layers/00_simple.ipynb #bd12ec5a
+def _unit(x): return x/torch.linalg.vector_norm(x).clamp_min(1e-12)
+
 @torch.no_grad()
 def power_iteration(
     w:torch.Tensor, # A matrix (I, J)
     u:torch.Tensor, # (I,), where to start
-    n:int=1 # How many steps
+    n:int=1 # How many steps, at least 1
 )->tuple: # `u` (I,) and `v` (J,), both of length 1
-    "Follow the first pair of singular vectors of `w` for `n` steps from `u`"
+    "Follow the first pair of singular vectors of `w` for `n` steps from `u`. Raises `ValueError` for less than one step"
+    check_least(1, n=n)
     for _ in range(n):
-        v = F.normalize(w.T@u, dim=0, eps=1e-12)
-        u = F.normalize(w@v, dim=0, eps=1e-12)
+        v = _unit(w.T@u)
+        u = _unit(w@v)
     return u,v
 
 # %% ../../nbs/layers/00_simple.ipynb #d7bdccc4
+def _recomputing():
+    "Is this a forward pass that gradient checkpointing repeats during backward? (PyTorch tells by a private function only)"
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id()!=-1
+
 class SimpleSelfAttention(nn.Module):
     """`x + gamma (x xT)(W x)` on `x` (B, C, *grid), with spectrally normalised `W`: [sdoria's layer](https://github.com/sdoria/SimpleSelfAttention), as in fastai.
-    A `ValueError` if `n_in` or `ks` cannot be, or if an input has other than `n_in` channels"""
+    Returns a plain tensor. Raises `ValueError` for invalid `n_in` or `ks` and for an input with other than `n_in` channels, `TypeError` for one that is not floating point"""
     def __init__(self,
         n_in:int, # Channels of the input, C
         ks:int=1, # Kernel size of the convolution with W, over the flattened grid; odd
@@ -124,8 +147,8 @@ class SimpleSelfAttention(nn.Module):
         dtype=None # Their dtype
     ):
         super().__init__()
-        if n_in<1: raise ValueError(f"n_in is the number of channels and must be at least 1, got {n_in}")
-        if ks<1 or ks%2==0: raise ValueError(f"ks must be odd and positive, so that the positions stay what they are; got {ks}")
+        check_least(1, n_in=n_in)
+        _check_ks(ks)
         self.n_in,self.ks,self.sym,self.scale = n_in,ks,sym,scale
         kw = dict(device=device, dtype=dtype)
         self.weight,self.gamma = nn.Parameter(torch.empty(n_in, n_in, ks, **kw)),nn.Parameter(torch.empty(1, **kw))
@@ -146,15 +169,20 @@ class SimpleSelfAttention(nn.Module):
 
     def sigma(self, kernel):
         "Largest singular value of `kernel`; in training, after one more step of power iteration"
-        with torch.autocast(kernel.device.type, enabled=False):
+        step = self.training and not _recomputing()
+        with no_autocast(kernel.device.type):
             w = kernel.flatten(1)
-            w = w.to(torch.promote_types(w.dtype, torch.float32))
-            u,v = (o.to(w.dtype, copy=True) for o in (self.u,self.v))
-            if self.training:
-                u,v = power_iteration(w.detach(), u)
-                self.u.copy_(u)
-                self.v.copy_(v)
-            return u@(w@v)
+            if w.dtype.itemsize<4: w = w.float()
+            copy = torch.is_grad_enabled() and not step # buffers may be overwritten before backward
+            u,v = self.u.to(w.dtype, copy=copy),self.v.to(w.dtype, copy=copy)
+            if step: v = self._follow('v', w.detach().T@u)
+            wv = w@v
+            if step: u = self._follow('u', wv.detach())
+            return u@wv
+
+    def _follow(self, name, x):
+        getattr(self, name).copy_(x := _unit(x))
+        return x
 
     def forward(self, x):
         "`x` (B, C, *grid) -> the same shape and dtype"
@@ -162,7 +190,7 @@ class SimpleSelfAttention(nn.Module):
             raise ValueError(f"SimpleSelfAttention with n_in={self.n_in} takes (batch, {self.n_in}, *grid), got shape {tuple(x.shape)}")
         w = self.kernel()
         sigma = self.sigma(w)
-        return simple_attention(x.flatten(2), w, self.gamma.to(sigma.dtype)/sigma, self.scale).view(x.shape)
+        return simple_attention(plain(x).flatten(2), w, self.gamma.to(sigma.dtype)/sigma, self.scale).reshape(x.shape)
 
     def no_weight_decay(self):
         "Names of the parameters that must not decay"

@@ -10,7 +10,7 @@ import math,torch
 from contextlib import contextmanager
 from fastcore.basics import patch
 from fastprogress.fastprogress import progress_bar
-from numbers import Integral
+from numbers import Integral,Real
 from torch import nn
 from ..core import check_least
 from ..layers.local2d import Local2DAttention,NonLinearBlock
@@ -19,7 +19,7 @@ from ..layers.position import SirenEncoding,window_steps
 # %% ../../nbs/models/04_nonlinear.ipynb #d5c90f91
 class NonLinearTransformer(nn.Module):
     """Scores for the tokens of a matrix, from those around: embeddings, `depth` blocks of local 2-D attention applied `iterations` times, a linear head.
-    A `ValueError` for sizes that cannot be"""
+    Raises `ValueError` for invalid sizes, tokens, masks and labels"""
     def __init__(self,
         vocab_size:int, # Number of tokens
         embed_size:int=128, # Channels inside; a multiple of 4 for each head
@@ -54,8 +54,9 @@ class NonLinearTransformer(nn.Module):
     ): # (B, rows, columns, vocab_size), without B if there was none
         if tokens.dim()==2: return self.forward(tokens[None], None if mask is None else mask[None], label)[0]
         self._check(tokens, mask)
-        x = self.embed(tokens if mask is None else tokens.masked_fill(mask, 0))
-        if mask is not None: x = torch.where(mask[...,None], self.masked.to(x.dtype), x)
+        if mask is None: mask = torch.zeros_like(tokens, dtype=torch.bool) # so that `masked` has a gradient in every batch, as DistributedDataParallel asks
+        x = self.embed(tokens.long().masked_fill(mask, 0))
+        x = torch.where(mask[...,None], self.masked.to(x.dtype), x)
         x = x+self.place(window_steps([s-1 for s in tokens.shape[1:]], tokens.device)[::2,::2], tokens.shape[1:]) # from -1 to 1
         if self.label is not None: x = x+self.label(self._labels(label, len(tokens), tokens.device))[:,None,None]
         elif label is not None: raise ValueError("a label needs a model with classes, NonLinearTransformer(n_labels=...)")
@@ -64,9 +65,9 @@ class NonLinearTransformer(nn.Module):
         return self.head(self.norm(x))
 
     def _check(self, tokens, mask):
-        if tokens.dim()!=3 or tokens.is_floating_point(): raise ValueError(f"tokens must be whole numbers, (batch, rows, columns) or (rows, columns), got {tokens.dtype} of shape {tuple(tokens.shape)}")
+        if tokens.dim()!=3 or not _whole(tokens): raise ValueError(f"tokens must be whole numbers, (batch, rows, columns) or (rows, columns), got {tokens.dtype} of shape {tuple(tokens.shape)}")
         if mask is not None and (mask.shape!=tokens.shape or mask.dtype!=torch.bool): raise ValueError(f"mask must be bool and of the shape of tokens, {tuple(tokens.shape)}, got {mask.dtype} of shape {tuple(mask.shape)}")
-        if torch.compiler.is_compiling() or not tokens.numel(): return
+        if torch.compiler.is_compiling() or tokens.is_meta or not tokens.numel(): return
         seen = tokens if mask is None else tokens.masked_fill(mask, 0)
         if not 0<=seen.min()<=seen.max()<self.vocab_size: raise ValueError(f"tokens must be from 0 to {self.vocab_size-1}, got {seen.min().item()} to {seen.max().item()}")
 
@@ -74,8 +75,12 @@ class NonLinearTransformer(nn.Module):
         none = self.label.num_embeddings-1
         label = torch.as_tensor(none if label is None else label, device=device)
         if label.shape not in ((),(n,)): raise ValueError(f"label must be one class, or one for each of {n} matrices, got shape {tuple(label.shape)}")
-        if not torch.compiler.is_compiling() and label.numel() and not 0<=label.min()<=label.max()<=none: raise ValueError(f"label must be from 0 to {none-1} (or {none} for none), got {label.min().item()} to {label.max().item()}")
+        if not _whole(label): raise ValueError(f"label must be whole numbers, got {label.dtype}")
+        label = label.long()
+        if not torch.compiler.is_compiling() and not label.is_meta and label.numel() and not 0<=label.min()<=label.max()<=none: raise ValueError(f"label must be from 0 to {none-1} (or {none} for none), got {label.min().item()} to {label.max().item()}")
         return label.expand(n)
+
+def _whole(tensor): return not tensor.is_floating_point() and not tensor.is_complex() and tensor.dtype!=torch.bool
 
 def _shape(o, n, what):
     o = tuple(o) if isinstance(o, (tuple,list)) else (o,)
@@ -124,14 +129,17 @@ def generate(self:NonLinearTransformer,
     generator=None, # `torch.Generator`, on the model's device
     frames:bool=False # Return the matrix after each step too?
 ): # Tokens of the shape asked for; with `frames` a list of `steps`+1 such, -1 where nothing is written yet
-    "Write a matrix of tokens in all directions at once, the most certain cells first; what is given stays. A `ValueError` for what cannot be"
+    "Write a matrix of tokens in all directions at once, the most certain cells first; what is given stays. Raises `ValueError` for an invalid prompt, number, or label"
     check_least(1, steps=steps)
-    if not temperature>=0: raise ValueError(f"temperature must be at least 0, got {temperature}")
+    if not isinstance(temperature, Real) or not (temperature==0 or 1e-6<=temperature<=1e6): raise ValueError(f"temperature must be at least 0, and 0 or from 1e-6 to 1e6, got {temperature!r}")
     if top_k is not None: check_least(1, top_k=top_k)
     device = self.head.weight.device
     prompt = self.matrix_dim if prompt is None else prompt
     if not isinstance(prompt, torch.Tensor): prompt = torch.full(_shape(prompt, 3 if isinstance(prompt, (tuple,list)) and len(prompt)==3 else 2, 'prompt'), -1)
     if prompt.dim() not in (2,3) or not prompt.numel(): raise ValueError(f"prompt must be (rows, columns) or (batch, rows, columns), and not empty; got shape {tuple(prompt.shape)}")
+    if not _whole(prompt): raise ValueError(f"prompt must be whole numbers, -1 in the cells to write, got {prompt.dtype}")
+    prompt = prompt.long() # uint8 and other small types cannot hold -1
+    if not prompt.is_meta and not -1<=prompt.min()<=prompt.max()<self.vocab_size: raise ValueError(f"prompt must be -1, or tokens from 0 to {self.vocab_size-1}, got {prompt.min().item()} to {prompt.max().item()}")
     with _as_trained(self): res = _write(self, prompt.to(device).view(-1, *prompt.shape[-2:]), steps, temperature, top_k, label, generator)
     res = [o.view(prompt.shape) for o in res]
     return res if frames else res[-1]
@@ -144,11 +152,13 @@ def classify(self:NonLinearTransformer,
     generator=None # `torch.Generator` on the CPU, for which ones
 )->torch.Tensor: # (n_labels,) or (B, n_labels), log probabilities of the classes
     """What class a matrix is of, by what is known of it: Bayes' rule, all classes being as likely before.
-    Hide a part of what is known, ask under each class how probable it is, and weight it for the whole. A `ValueError` for a model without classes, and for less than one round"""
+    Hide a part of what is known, ask under each class how probable it is, and weight it for the whole. Raises `ValueError` for a model without classes, for less than one round, and for a matrix of which nothing is known"""
     check_least(1, rounds=rounds)
     if self.label is None: raise ValueError("classify needs a model with classes, NonLinearTransformer(n_labels=...)")
-    batch = tokens if tokens.dim()==3 else tokens[None]
+    if tokens.dim() not in (2,3) or not _whole(tokens): raise ValueError(f"tokens must be whole numbers, (rows, columns) or (batch, rows, columns), got {tokens.dtype} of shape {tuple(tokens.shape)}")
+    batch = (tokens if tokens.dim()==3 else tokens[None]).long()
     known,given,score = batch>=0,batch.clamp(min=0),0
+    if (batch<-1).any() or not known.flatten(1).any(1).all(): raise ValueError("tokens must be -1 where they are not known, and known in one cell of each matrix at least")
     def logp(hidden, k):
         "Of the hidden tokens, each"
         return self(given, hidden|~known, k).float().log_softmax(-1).gather(-1, given[...,None])[...,0]*hidden

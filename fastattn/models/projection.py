@@ -14,7 +14,7 @@ from ..layers.projection import SelfProjection
 # %% ../../nbs/models/02_projection.ipynb #942fe454
 class ProjectionClassifier(nn.Module):
     """Self-projection, then dropout, ReLU, linear, ReLU, linear: the network of self-projection 0.1.0's evaluation on MNIST.
-    A `ValueError` for sizes that cannot be, and for an input that does not fit"""
+    Raises `ValueError` for invalid sizes and for an input that does not fit"""
     def __init__(self,
         size_input, # Rows and columns of the input, (I, J)
         n_out:int, # Number of outputs
@@ -25,8 +25,8 @@ class ProjectionClassifier(nn.Module):
         super().__init__()
         check_least(1, n_out=n_out, c_in=c_in)
         if not 0<=p<1: raise ValueError(f"p is the probability of dropout, from 0 to less than 1; got {p}")
-        self.c_in,n = c_in,c_in*size_projection**2
         self.projection = SelfProjection(size_input, size_projection)
+        self.c_in,n = c_in,c_in*size_projection**2
         self.head = nn.Sequential(nn.Flatten(), nn.Dropout(p), nn.ReLU(), nn.Linear(n, n), nn.ReLU(), nn.Linear(n, n_out))
 
     def forward(self, x):
