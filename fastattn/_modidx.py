@@ -1055,8 +1055,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                    'fastattn/recipes/options.py'),
                                           'fastattn.recipes.options._as': ('recipes/options.html#_as', 'fastattn/recipes/options.py'),
                                           'fastattn.recipes.options._attn': ('recipes/options.html#_attn', 'fastattn/recipes/options.py'),
-                                          'fastattn.recipes.options._data_name': ( 'recipes/options.html#_data_name',
-                                                                                   'fastattn/recipes/options.py'),
                                           'fastattn.recipes.options._dropconnect': ( 'recipes/options.html#_dropconnect',
                                                                                      'fastattn/recipes/options.py'),
                                           'fastattn.recipes.options._file_hash': ( 'recipes/options.html#_file_hash',

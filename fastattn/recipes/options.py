@@ -8,7 +8,7 @@ __all__ = ['train_options', 'recipes', 'opt_funcs', 'scheds', 'acts', 'pools', '
            'option_defaults', 'variants', 'variant_name', 'group_path', 'run_path', 'Preset', 'presets_table',
            'board_options', 'board_row']
 
-# %% ../../nbs/recipes/04_options.ipynb #460182e8
+# %% ../../nbs/recipes/04_options.ipynb #d034a0e7
 import hashlib,importlib.util,inspect,json,sys,timm
 from dataclasses import dataclass
 from itertools import product
@@ -30,7 +30,7 @@ from ..models.insert import attns
 from ..models.nonlinear import NonLinearTransformer
 from ..models.positional import PositionalTransformer
 from ..models.xresnet import archs
-from .data import get_dls,get_tokens
+from .data import data_name,get_dls,get_tokens
 
 # %% ../../nbs/recipes/04_options.ipynb #370cfa09
 @dataclass
@@ -232,7 +232,7 @@ def learner_of(
         return Registered(_timm, *_options_of(_timm, ()), {})
     return learners[check_name(arch, learners, "arch (timm's models are known too)")]
 
-# %% ../../nbs/recipes/04_options.ipynb #4003ce37
+# %% ../../nbs/recipes/04_options.ipynb #6854534f
 def _as(k, default, o):
     "The value `o` of option `k`, in the type of its default"
     t = type(_values(default)[0])
@@ -254,7 +254,6 @@ def option_defaults(
 
 _void = {('attn','none'): ('stages','blocks','at'), ('drop','none'): ('p','inference'), ('drop','dropout'): ('inference',), ('span','none'): ('sigma','threshold','modulate','penalty','per_head')} # options that then mean nothing
 
-def _data_name(data): return str(Path(data).expanduser().resolve()) if Path(str(data)).expanduser().exists() and str(data) not in (*recipes,'text') else str(data)
 
 def variants(
     data=None, # Name of a data set (default: digits), or a folder of images
@@ -265,7 +264,7 @@ def variants(
     "The configurations that these options ask for. Raises `ValueError` for unknown names and values of the wrong type"
     res = []
     for a,o in product(_values(ifnone(arch, 'xresnet18')), _values(opt)):
-        defaults = option_defaults(_data_name(ifnone(data, 'digits')), a, o)
+        defaults = option_defaults(data_name(ifnone(data, 'digits')), a, o)
         given = {k:v for k,v in options.items() if v is not None}
         for k in given: check_name(k, defaults, f"option for {a} with {defaults['opt']}")
         sweep = {k: [_as(k, defaults[k], o) for o in _values(v)] for k,v in merge(defaults, given).items()}

@@ -171,7 +171,7 @@ def _reason(e):
     at = traceback.extract_tb(e.__traceback__)[-1]
     return f"{type(e).__name__}: {plain_message(e)} ({Path(at.filename).name}, line {at.lineno})"
 
-# %% ../../nbs/recipes/01_run.ipynb #53956cf1
+# %% ../../nbs/recipes/01_run.ipynb #d344c28d
 @dataclass
 class Run:
     """One training with one seed, kept in the file `path`.
@@ -266,9 +266,9 @@ class Run:
         train = learn.dls.train
         if 'workers' in before and hasattr(train, 'fake_l') and (self.ckpt/'state.pt').exists():
             for dl in learn.dls.loaders: dl.fake_l.num_workers = before['workers'] # they draw random numbers
-        file.record.update(metric=metric, better=better, archive=Path(learn.dls.path).name or None, workers=_workers(train),
+        file.record.update(metric=metric, better=better, archive=Path(learn.dls.path).name or None, workers=_workers(train), loader=type(train).__name__,
             params=sum(o.numel() for o in learn.model.parameters()))
-        key = {k: file.record[k] for k in ('config','seed','versions','processes','workers')}
+        key = {k: file.record[k] for k in ('config','seed','versions','processes','workers','loader')}
         examples = ExampleRecorder(metric)
         cbs = [file,examples,Checkpoint(self.ckpt/'state.pt', key, checkpoint_every, fits=None)]
         if callbacks: cbs += callbacks(learn, file.record)
