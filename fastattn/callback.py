@@ -238,7 +238,9 @@ class Checkpoint(Callback):
             raise CheckpointError(f"{self.file} was written by another run, with {'; '.join(diff)}; without it the run starts anew")
     def before_fit(self):
         if self.fit_no<0 and self.file.exists(): self.state,self.logger_then,self.learn.logger = self._load(),self.learn.logger,noop # no rows for what is skipped
-    def before_train(self): # not called by `validate` and `get_preds`, as `before_fit` and `before_epoch` are
+    def before_epoch(self):
+        self.trained = False
+        if self.learn.lock.locked(): return # `validate` and `get_preds` hold it: no epoch of training
         if self.epoch==0: self.fit_no += 1
         self.trained = self.state is None
         if self.trained: return
@@ -261,7 +263,7 @@ class Checkpoint(Callback):
         for o,s in zip(_loaders(self.dls), mine.pop('loaders')): o.rng.setstate(s)
         set_random_states(**mine)
     def after_epoch(self):
-        if not getattr(self, 'trained', False): return
+        if not self.trained: return
         self.trained = False
         if self.epoch+1==self.n_epoch or everyones(time.time()-self.wrote<self.every)[0]: return
         state = self._state() # every process has its part in it

@@ -184,7 +184,7 @@ def test_track(tmp_path, track, pattern):
 def test_preset(tmp_path, capsys):
     train(preset='list')
     assert 'sdoria-50-47' in capsys.readouterr().out
-    runs = train(preset='projection-4', epochs=1, data='digits', size=8, out=str(tmp_path/'runs'))
+    runs = train(preset='projection-4', epochs=1, data='digits', size=8, out=str(tmp_path/'runs')).runs
     assert len(runs)==1 and runs[0]['config']['size_projection']==4 and runs[0]['config']['p']==0.75
     sgd, *_ = mod._configs('digits', None, 'sgd', 'sdoria-5', None, {})[0]
     assert (sgd['opt'],sgd['mom'],sgd['lr'])==('sgd',0.9,3e-3) and 'sqr_mom' not in sgd
@@ -223,8 +223,8 @@ def test_command_line(tmp_path):
 def test_other_models(tmp_path):
     "projection and dropconnect, their baselines and their options"
     runs = quick(tmp_path, arch=['projection','dropconnect'])
-    assert [r['config'].get('drop') for r in runs]==[None,'none','dropconnect'] and runs[1]['config']['p'] is None
-    assert [r['config']['opt'] for r in runs]==['adam','sgd','sgd'] and runs[0]['config']['sched']=='one_cycle'
+    assert [r['config'].get('drop') for r in runs]==['none',None,'dropconnect'] and runs[0]['config']['p'] is None # the baseline first
+    assert [r['config']['opt'] for r in runs]==['sgd','adam','sgd'] and runs[1]['config']['sched']=='one_cycle'
     runs = quick(tmp_path, arch='dropconnect', drop=['none','dropout','dropconnect'], p=[0.2,0.5], hidden='20,10', inference='gaussian')
     assert [(r['config']['drop'],r['config']['p'],r['config']['inference']) for r in runs]==[('none',None,None), ('dropout',0.2,None), ('dropout',0.5,None),
         ('dropconnect',0.2,'gaussian'), ('dropconnect',0.5,'gaussian')]

@@ -171,7 +171,7 @@ def _reason(e):
     at = traceback.extract_tb(e.__traceback__)[-1]
     return f"{type(e).__name__}: {plain_message(e)} ({Path(at.filename).name}, line {at.lineno})"
 
-# %% ../../nbs/recipes/01_run.ipynb #d344c28d
+# %% ../../nbs/recipes/01_run.ipynb #86cb9f46
 @dataclass
 class Run:
     """One training with one seed, kept in the file `path`.
@@ -236,10 +236,11 @@ class Run:
         record,mine = everyones((record,lock is not None))[0]
         if not mine: return record
         try:
-            with no_random(self.seed, reproducible=True): return self._train(resume, callbacks)
+            with no_random(self.seed, reproducible=True): record = self._train(resume, callbacks)
+            return record
         finally:
             if lock: lock.release()
-            gc.collect() # a Learner and its callbacks know each other, and would keep their tensors for long
+            if record is None or record.get('params', 0)>1e5: gc.collect() # a Learner and its callbacks know each other, and would keep large tensors for long
 
     def _train(self, resume, callbacks):
         before = (self.read() or {}) if resume else {}
