@@ -118,7 +118,7 @@ def test_precision():
 @pytest.mark.parametrize('make,match', [
     (lambda: Local2DAttention(20, 3, heads=2), 'a multiple of 4'),
     (lambda: Local2DAttention(16, 3, heads=3), 'heads must divide dim'),
-    (lambda: Local2DAttention(16, -1, 2), 'at least 0 steps'),
+    (lambda: Local2DAttention(16, -1, 2), 'window_size must be a whole number, at least 0'),
     (lambda: Local2DAttention(16, 2.5, 2), 'whole number'),
     (lambda: Local2DAttention(16, (1,2,3), 2), 'one for each of the 2'),
     (lambda: Local2DAttention(16, 2, 2)(torch.randn(2, 4, 16)), r'got shape \(2, 4, 16\)'),
@@ -384,8 +384,8 @@ def test_data_errors(kwargs, match):
     with pytest.raises(ValueError, match=match): get_tokens(**kwargs)
 
 def test_train_command(tmp_path):
-    runs = train('digits', 'nonlinear', dim=16, heads=2, epochs=1, window_size=['1','none'], depth=1, out=tmp_path)
-    assert [o['state'] for o in runs]==['done']*2 and 0<runs[0]['accuracy']<1 and (tmp_path/'digits-8-1').is_dir()
+    runs = train('digits', 'nonlinear', dim=16, heads=2, epochs=1, window_size=['1','none'], depth=1, out=tmp_path).runs
+    assert [o['state'] for o in runs]==['done']*2 and 0<runs[0]['value']<1 and runs[0]['metric']=='masked_accuracy' and (tmp_path/'digits-8-1').is_dir()
     with pytest.raises(ValueError, match='tokens cannot be mixed'): train('digits', 'nonlinear', mixup=0.4, out=tmp_path)
     with pytest.raises(ValueError, match='window_size'): train('digits', 'nonlinear', window_size='wide', out=tmp_path)
     with pytest.raises(ValueError, match='Did you mean'): train('digit', 'nonlinear', out=tmp_path)

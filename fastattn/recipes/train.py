@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['build_learner', 'train', 'make_parser', 'words_of', 'main']
 
-# %% ../../nbs/recipes/05_train.ipynb #c77443d8
+# %% ../../nbs/recipes/05_train.ipynb #a3130298
 import argparse,importlib,json,math,os,sys
 from contextlib import suppress
 from functools import partial
@@ -20,7 +20,7 @@ from ..core import check_name,write_atomic
 from .answer import Answer,read_runs,_labels
 from .compare import Plan,SweepProgress,Variant,_ask,_check_limits,_time
 from .data import get_dls,get_tokens
-from .options import (Option,board_options,board_row,group_path,is_file_name,learner_of,learners,load_object,opt_funcs,option_defaults,presets,
+from .options import (RunOption,board_options,board_row,group_path,is_file_name,learner_of,learners,load_object,opt_funcs,option_defaults,presets,
     presets_table,recipes,run_path,scheds,train_options,variant_name,variants,_added,_extras)
 
 # %% ../../nbs/recipes/05_train.ipynb #b264ae02
