@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Variant', 'Plan', 'SweepProgress', 'train_plan', 'compare']
 
-# %% ../../nbs/recipes/03_compare.ipynb #0ee171a0
-import hashlib,inspect,itertools,json,math,os,re,shutil,sys,time,torch,weakref
+# %% ../../nbs/recipes/03_compare.ipynb #f6b52a11
+import hashlib,inspect,itertools,json,math,os,re,sys,time,torch,weakref
 import numpy as np
 from copy import copy
 from dataclasses import dataclass,field
@@ -124,7 +124,7 @@ def _share_weights(v, base, model, base_model):
         return learn
     v.build,v.config = shared,v.config | dict(shared=f"{len(names)} of {len(list(model.parameters()))} of {v.name}")
 
-# %% ../../nbs/recipes/03_compare.ipynb #6bad0343
+# %% ../../nbs/recipes/03_compare.ipynb #b26ae809
 @dataclass
 class Plan:
     "Which runs there shall be: those of `seeds`; with `until` only as many as it takes"
@@ -166,21 +166,17 @@ class Plan:
 
     def _open(self):
         "The variants whose difference is not known yet; all for a fixed number of runs"
-        others = self.variants[1:]
-        if not self.until: return others
+        if not self.until: return self.variants[1:]
         rows = self.answer().rows
-        by = {v.name: v for v in others}
-        verdicts = {v.name: self._verdict(rows, v) for v in others}
-        return [by[k] for k,o in verdicts.items() if o]
+        return [v for v in self.variants[1:] if self._is_open(rows, v)]
 
-    def _verdict(self, rows, v):
+    def _is_open(self, rows, v):
         "Is the difference of `v` still open?"
-        records = read_runs(v.folder, ('done','failed'))
-        done = [o for o in records if o['state']=='done']
-        if (failed := len(records)-len(done))>=3 and failed>len(done): return False # it fails again and again
-        if not done: return True
-        label = self.labels(done[0]) if self.labels else v.name
-        return label not in rows.index or rows.verdict[label] not in ('helps','harms','bounded')
+        label = self.labels(dict(variant=v.name, config=v.config)) if self.labels else v.name
+        if label not in rows.index: return True
+        r = rows.loc[label]
+        if r.failed>=3 and r.failed>r.runs: return False # it fails again and again
+        return r.verdict not in ('helps','harms','bounded')
 
     def runs(self):
         "The runs that are to be there, seed by seed, for as long as something is open"

@@ -6,7 +6,7 @@
 __all__ = ['checkpoint_every', 'RunFile', 'ExampleRecorder', 'read_examples', 'describe_learner', 'plain_message', 'Run',
            'metric_of']
 
-# %% ../../nbs/recipes/01_run.ipynb #d4d470fd
+# %% ../../nbs/recipes/01_run.ipynb #fd914054
 import fastai,fastattn,gc,json,math,os,platform,re,shutil,subprocess,sys,time,timm,torch,traceback
 import numpy as np
 from contextlib import contextmanager,suppress
@@ -17,9 +17,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Callable
 from fastai.basics import Callback,Learner,no_random,num_distrib,set_seed
-from fastcore.basics import ifnone
 from fastai.callback.progress import ProgressCallback
-from fastai.callback.core import CancelFitException
 from fastai.torch_core import rank_distrib
 from .. import __version__
 from ..callback import Checkpoint,CheckpointError,everyones,is_first
