@@ -67,6 +67,7 @@ class _ChannelOrder(torch.autograd.Function):
         ctx.mark_non_differentiable(*outputs[1:])
         ctx.set_materialize_grads(False) # no zeros in place of the gradients of the two matrices
         ctx.save_for_backward(x, w, *outputs[1:])
+        ctx.save_for_forward(x, w, *outputs[1:])
 
     @staticmethod
     def backward(ctx, g, *_):
@@ -84,6 +85,20 @@ class _ChannelOrder(torch.autograd.Function):
             g = _add_bmm(g, p, q, ctx.last)
             if ctx.last: g = g.mT # (B, C, N)
         return g,dw,None,None,None
+
+class _ChannelOrderForwardMode(_ChannelOrder):
+    "With a rule for forward mode, which `torch.compile` does not take"
+    @staticmethod
+    def jvp(ctx, dx, dw, *_):
+        x,w,s,m = ctx.saved_tensors
+        h,wh = x.to(s.dtype),w.to(s.dtype)
+        dx = torch.zeros_like(x) if dx is None else dx
+        dh = dx.to(s.dtype)
+        ds = _div_bmm(dh, h.mT, ctx.div) # (B, C, C), half of the derivative of s
+        dm = (ds+ds.mT)@wh
+        if dw is not None: dm = dm+s@dw.to(s.dtype)
+        dy = (dx+dm@h+m@dh).to(x.dtype) # (B, C, N)
+        return dy.mT if ctx.last else dy,None,None
 
 # %% ../../nbs/layers/00_simple.ipynb #618c2b27
 _worthwhile = 2**21 # multiply-adds of one product, from which on `_ChannelOrder` is faster than autograd
@@ -103,7 +118,10 @@ def simple_attention(
     factor = div/max(n, 1) if scale else div
     w = (gain if factor==1 else gain*factor)*weight.to(gain.dtype)
     order = cheapest_order(c, n, ks)
-    if order=='channel' and (torch.compiler.is_compiling() or b*c*c*n>=_worthwhile): y = _ChannelOrder.apply(x, w[...,0], dtype, last, div)[0]
+    compiled = torch.compiler.is_compiling()
+    if order=='channel' and (compiled or b*c*c*n>=_worthwhile):
+        by_hand = _ChannelOrder if compiled else _ChannelOrderForwardMode
+        y = by_hand.apply(x, w[...,0], dtype, last, div)[0]
     else: y = _by_autograd(order, x, w.to(dtype), last, div)
     return y.mT if last else y
 
@@ -134,6 +152,14 @@ def power_iteration(
 def _recomputing():
     "Is this a forward pass that gradient checkpointing repeats during backward? (PyTorch tells by a private function only)"
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id()!=-1
+
+@torch.library.custom_op(f"{__name__.split('.')[0]}::power_step", mutates_args=()) # fastattn::power_step; another name in a notebook
+def _power_step(w:torch.Tensor, u:torch.Tensor, v:torch.Tensor)->tuple[torch.Tensor,torch.Tensor]:
+    "A step of power iteration in compiled code, which asks only when it runs whether the step has been taken: then `u` and `v` are its result"
+    return (u.clone(),v.clone()) if _recomputing() else power_iteration(w, u)
+
+@_power_step.register_fake
+def _like(w, u, v): return torch.empty_like(u),torch.empty_like(v)
 
 class SimpleSelfAttention(nn.Module):
     """`x + gamma (x xT)(W x)` on `x` (B, C, *grid), with spectrally normalised `W`: [sdoria's layer](https://github.com/sdoria/SimpleSelfAttention), as in fastai.
@@ -175,10 +201,15 @@ class SimpleSelfAttention(nn.Module):
             if w.dtype.itemsize<4: w = w.float()
             copy = torch.is_grad_enabled() and not step # buffers may be overwritten before backward
             u,v = self.u.to(w.dtype, copy=copy),self.v.to(w.dtype, copy=copy)
-            if step: v = self._follow('v', w.detach().T@u)
+            if not step: return u@(w@v)
+            if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+                u,v = _power_step(w.detach(), u, v)
+                self.u.copy_(u)
+                self.v.copy_(v)
+                return u@(w@v)
+            v = self._follow('v', w.detach().T@u)
             wv = w@v
-            if step: u = self._follow('u', wv.detach())
-            return u@wv
+            return self._follow('u', wv.detach())@wv
 
     def _follow(self, name, x):
         getattr(self, name).copy_(x := _unit(x))
