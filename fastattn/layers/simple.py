@@ -7,10 +7,9 @@ __all__ = ['multiply_adds', 'cheapest_order', 'simple_attention', 'power_iterati
 
 # %% ../../nbs/layers/00_simple.ipynb #32c429af
 import torch
-from numbers import Integral
 from torch import nn
 import torch.nn.functional as F
-from ..core import check_least
+from ..core import check_flags,check_least,is_whole
 from .tensor import autocast_dtype,no_autocast,plain
 
 # %% ../../nbs/layers/00_simple.ipynb #9c69385d
@@ -26,16 +25,20 @@ def multiply_adds(
 
 # %% ../../nbs/layers/00_simple.ipynb #4ca2505e
 def _check_ks(ks):
-    if not isinstance(ks, Integral) or ks<1 or ks%2==0: raise ValueError(f"ks must be odd and positive, so that the positions stay what they are; got {ks!r}")
+    if not is_whole(ks) or ks<1 or ks%2==0: raise ValueError(f"ks must be odd and positive, so that the positions stay what they are; got {ks!r}")
 
 def cheapest_order(
     c:int, # Channels, C
     n:int, # Positions, N
     ks:int=1 # Kernel size of the convolution with W; odd
 )->str: # 'conv', 'channel' or 'position'
-    "The order of multiplication that costs least; `conv` in a tie, which PyTorch does a little faster. Raises `ValueError` for an even `ks`"
+    "The order of multiplication that costs least; `conv` in a tie, which PyTorch does a little faster. Raises `ValueError` for negative sizes and an even `ks`"
+    check_least(0, c=c, n=n)
     _check_ks(ks)
-    costs,best = multiply_adds(c, n, ks),'conv'
+    return _least(multiply_adds(c, n, ks))
+
+def _least(costs):
+    best = 'conv'
     for order in costs: # plain comparisons, which torch.compile can trace with dynamic shapes
         if costs[order]<costs[best]: best = order
     return best
@@ -109,21 +112,28 @@ def simple_attention(
     gain:torch.Tensor, # A single number, () or (1,)
     scale:bool=False # Divide the branch by N?
 )->torch.Tensor: # (B, C, N) in the dtype and the memory layout of `x`
-    "`x + gain (x xT)(weight x)`, in the order of multiplication that is cheapest for the shape. Raises `ValueError` for an even `ks`, `TypeError` if `x` is not floating point"
+    "`x + gain (x xT)(weight x)`, in the order of multiplication that is cheapest for the shape. Raises `ValueError` for shapes that do not fit and an even `ks`, `TypeError` if `x` is not floating point"
     x = plain(x)
     if not x.is_floating_point(): raise TypeError(f"simple self-attention takes floating point input, got {x.dtype}")
+    _check_shapes(x, weight, gain)
     (b,c,n),ks = x.shape,weight.shape[-1]
     dtype,last = autocast_dtype(x.device.type) or weight.dtype,x.stride(1)==1
     div = max(n, 1) if dtype==torch.float16 else 1
     factor = div/max(n, 1) if scale else div
     w = (gain if factor==1 else gain*factor)*weight.to(gain.dtype)
-    order = cheapest_order(c, n, ks)
+    order = _least(multiply_adds(c, n, ks))
     compiled = torch.compiler.is_compiling()
     if order=='channel' and (compiled or b*c*c*n>=_worthwhile):
         by_hand = _ChannelOrder if compiled else _ChannelOrderForwardMode
         y = by_hand.apply(x, w[...,0], dtype, last, div)[0]
     else: y = _by_autograd(order, x, w.to(dtype), last, div)
     return y.mT if last else y
+
+def _check_shapes(x, weight, gain):
+    if x.dim()!=3 or weight.dim()!=3 or tuple(weight.shape[:2])!=(x.shape[1],)*2 or gain.numel()!=1:
+        raise ValueError("simple_attention takes x (B, C, N), weight (C, C, ks) and a gain of one number, "
+            f"got shapes {tuple(x.shape)}, {tuple(weight.shape)} and {tuple(gain.shape)}")
+    _check_ks(weight.shape[-1])
 
 def _by_autograd(order, x, w, last, div):
     h = x.to(w.dtype)
@@ -175,6 +185,7 @@ class SimpleSelfAttention(nn.Module):
         super().__init__()
         check_least(1, n_in=n_in)
         _check_ks(ks)
+        check_flags(sym=sym, scale=scale)
         self.n_in,self.ks,self.sym,self.scale = n_in,ks,sym,scale
         kw = dict(device=device, dtype=dtype)
         self.weight,self.gamma = nn.Parameter(torch.empty(n_in, n_in, ks, **kw)),nn.Parameter(torch.empty(1, **kw))
