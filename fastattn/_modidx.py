@@ -615,6 +615,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                        'fastattn/models/nonlinear.py'),
                                            'fastattn.models.nonlinear.NonLinearTransformer.generate': ( 'models/nonlinear.html#nonlineartransformer.generate',
                                                                                                         'fastattn/models/nonlinear.py'),
+                                           'fastattn.models.nonlinear.NonLinearTransformer.reset_parameters': ( 'models/nonlinear.html#nonlineartransformer.reset_parameters',
+                                                                                                                'fastattn/models/nonlinear.py'),
                                            'fastattn.models.nonlinear.NonLinearTransformer.vocab_size': ( 'models/nonlinear.html#nonlineartransformer.vocab_size',
                                                                                                           'fastattn/models/nonlinear.py'),
                                            'fastattn.models.nonlinear._as_trained': ( 'models/nonlinear.html#_as_trained',

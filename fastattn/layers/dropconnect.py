@@ -127,7 +127,7 @@ def dropconnect(
         seed = torch.randint(2**63-1, (), device='cpu')
         y = _masked_product(rows, weight, None, seed, p)*(2**_digits/_ones(p))
     if bias is not None: y = y+bias.to(y.dtype)
-    return y.view(*x.shape[:-1], weight.shape[0])
+    return y if x.dim()==2 else y.view(*x.shape[:-1], weight.shape[0])
 
 # %% ../../nbs/layers/02_dropconnect.ipynb #da894131
 def _called(m, args): "A hook that does nothing: where there is one, `nn.TransformerEncoderLayer` calls its layers, instead of reading their weights"

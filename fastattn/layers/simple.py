@@ -32,13 +32,13 @@ def cheapest_order(
     n:int, # Positions, N
     ks:int=1 # Kernel size of the convolution with W; odd
 )->str: # 'conv', 'channel' or 'position'
-    "The order of multiplication that costs least; `conv` in a tie, which PyTorch does a little faster. Raises `ValueError` for negative sizes and an even `ks`"
+    "The order of multiplication that costs least; `channel` in a tie, which PyTorch does faster. Raises `ValueError` for negative sizes and an even `ks`"
     check_least(0, c=c, n=n)
     _check_ks(ks)
     return _least(multiply_adds(c, n, ks))
 
 def _least(costs):
-    best = 'conv'
+    best = next(iter(costs))
     for order in costs: # plain comparisons, which torch.compile can trace with dynamic shapes
         if costs[order]<costs[best]: best = order
     return best

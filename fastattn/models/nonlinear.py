@@ -45,6 +45,10 @@ class NonLinearTransformer(nn.Module):
         self.blocks = nn.Sequential(*(NonLinearBlock(attn(i), p) for i in range(depth)))
         self.drop,self.norm,self.head = nn.Dropout(p),nn.LayerNorm(embed_size),nn.Linear(embed_size, vocab_size)
 
+    def reset_parameters(self):
+        "The vector of masked cells as it starts; the other parts have their own"
+        nn.init.normal_(self.masked)
+
     @property
     def vocab_size(self): return self.embed.num_embeddings
 
