@@ -219,6 +219,17 @@ def test_export(n):
     x = torch.randn(5, 16, n, n)
     torch.testing.assert_close(ep.module()(x), l(x))
 
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('kwargs', [{}, dict(ks=3, scale=True), dict(sym=True)])
+@pytest.mark.parametrize('n', [8,2])
+def test_jit_trace(n, kwargs):
+    "What was traced at one size is right at others"
+    l = layer(16, **kwargs).eval()
+    traced = torch.jit.trace(l, torch.randn(2, 16, n, n))
+    for shape in ((3,16,n,n), (1,16,5,3), (4,16,2,9)):
+        x = torch.randn(shape)
+        torch.testing.assert_close(traced(x), l(x), rtol=1e-4, atol=1e-5)
+
 @pytest.mark.parametrize('n', [8,2])
 def test_onnx(n, tmp_path):
     ort = pytest.importorskip('onnxruntime')

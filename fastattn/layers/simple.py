@@ -116,7 +116,7 @@ def simple_attention(
     x = plain(x)
     if not x.is_floating_point(): raise TypeError(f"simple self-attention takes floating point input, got {x.dtype}")
     _check_shapes(x, weight, gain)
-    (b,c,n),ks = x.shape,weight.shape[-1]
+    (b,c,n),ks = x.shape,int(weight.shape[-1]) # where torch.jit traces, sizes are tensors
     dtype,last = autocast_dtype(x.device.type) or weight.dtype,x.stride(1)==1
     div = max(n, 1) if dtype==torch.float16 else 1
     factor = div/max(n, 1) if scale else div
@@ -133,7 +133,7 @@ def _check_shapes(x, weight, gain):
     if x.dim()!=3 or weight.dim()!=3 or tuple(weight.shape[:2])!=(x.shape[1],)*2 or gain.numel()!=1:
         raise ValueError("simple_attention takes x (B, C, N), weight (C, C, ks) and a gain of one number, "
             f"got shapes {tuple(x.shape)}, {tuple(weight.shape)} and {tuple(gain.shape)}")
-    _check_ks(weight.shape[-1])
+    _check_ks(int(weight.shape[-1]))
 
 def _by_autograd(order, x, w, last, div):
     h = x.to(w.dtype)
@@ -210,7 +210,7 @@ class SimpleSelfAttention(nn.Module):
         with no_autocast(kernel.device.type):
             w = kernel.flatten(1)
             if w.dtype.itemsize<4: w = w.float()
-            copy = torch.is_grad_enabled() and not step # buffers may be overwritten before backward
+            copy = torch.is_grad_enabled() and not step and not torch.jit.is_tracing() # buffers may be overwritten before backward
             u,v = self.u.to(w.dtype, copy=copy),self.v.to(w.dtype, copy=copy)
             if not step: return u@(w@v)
             if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
