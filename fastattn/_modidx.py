@@ -233,6 +233,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'fastattn.layers.local.Window.halo': ('layers/local.html#window.halo', 'fastattn/layers/local.py'),
                                        'fastattn.layers.local.Window.holds_all': ( 'layers/local.html#window.holds_all',
                                                                                    'fastattn/layers/local.py'),
+                                       'fastattn.layers.local.Window.pairs': ('layers/local.html#window.pairs', 'fastattn/layers/local.py'),
                                        'fastattn.layers.local.Window.seen': ('layers/local.html#window.seen', 'fastattn/layers/local.py'),
                                        'fastattn.layers.local.Window.sizes': ('layers/local.html#window.sizes', 'fastattn/layers/local.py'),
                                        'fastattn.layers.local._BlockAttention': ( 'layers/local.html#_blockattention',

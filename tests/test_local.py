@@ -164,6 +164,17 @@ def test_cheapest():
     def form(grid, reach, has_p): return _cheapest(Window(grid, reach), 16, has_p)[0]
     assert form((32,32), (3,3), True)!='dense' and form((32,32), (31,31), True)=='dense'
     assert form((1024,), (8,), True)!='dense' and form((8,), (7,), False)=='dense'
+    def plain(grid, reach): return _cheapest(Window(grid, reach), 32, False, True)[0] # of PyTorch's attention
+    assert plain((16,16), (3,3))=='dense' and plain((16,16), (1,1))!='dense' and plain((32,32), (3,3))!='dense'
+
+@pytest.mark.parametrize('grid,reach', [((1,),(0,)), ((7,),(2,)), ((3,5),(1,2)), ((4,1),(3,0)), ((2,3,4),(1,0,2))])
+@pytest.mark.parametrize('causal', [False,True])
+def test_pairs(grid, reach, causal):
+    "Pairs of positions, one by one"
+    at = list(itertools.product(*map(range, grid)))
+    def sees(i, j): return all(abs(a-b)<=r for a,b,r in zip(at[i], at[j], reach)) and (j<=i or not causal)
+    want = torch.tensor([[sees(i, j) for j in range(len(at))] for i in range(len(at))])
+    assert Window(grid, reach, causal).pairs('cpu').equal(want)
 
 @pytest.mark.parametrize('change,message', [(dict(k=(2,3,4,5,6)), 'q, k and v must be'), (dict(window=(1,)), 'window must be'), (dict(window=-1), 'window must be'), (dict(window=True), 'window must be'), (dict(window=1.5), 'window must be'), (dict(window=[(1,1)]*2), 'each of the 3, got 2'),
     (dict(log_weight=(2,3,3)), 'log_weight must be'), (dict(q=(2,3,0,5,4), k=(2,3,0,5,4), v=(2,3,0,5,4)), 'at least one position'), (dict(combine='times'), "combine must be"),

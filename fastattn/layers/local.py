@@ -54,6 +54,17 @@ class Window:
         seen = torch.arange(prod(self.sizes), device=device)<=zero if self.causal else torch.ones(prod(self.sizes), dtype=torch.bool, device=device)
         return seen.view(self.sizes)
 
+    def pairs(self, device):
+        "Which pairs of positions see each other: (N, N)"
+        d,seen = len(self.grid),None
+        for i,(size,low,high) in enumerate(zip(self.grid, self.low, self.high)):
+            at = torch.arange(size, device=device)
+            steps = at-at[:,None] # (query, key)
+            near = _axis((steps>=low)&(steps<=high), i, d)
+            seen = near if seen is None else seen&near
+        seen = seen.flatten(d).flatten(0, d-1)
+        return seen.tril() if self.causal else seen
+
     def seen(self, block, device):
         "What each query of each block sees of its window, in the grid and not later: (n, 1, a, w)"
         d,seen = len(block),self.earlier(device)
@@ -378,11 +389,7 @@ def _in_slabs(q, k, v, window, positions):
 
 def _at_once(q, k, v, window):
     "Content only: one call of PyTorch's attention, with a mask if there is something that is not seen"
-    bias = None
-    if not window.holds_all:
-        every = [range(s) for s in window.grid]
-        places,inside = _places(every, every, window.low, window.sizes, q.device)
-        bias = _bias(inside & window.earlier(q.device).flatten()[places], q.dtype)
+    bias = None if window.holds_all else _bias(window.pairs(q.device), q.dtype)
     y = F.scaled_dot_product_attention(*(o.flatten(2, -2) for o in (q,k,v)), bias, scale=1.)
     return y.unflatten(2, window.grid)
 
@@ -427,7 +434,7 @@ def _cost(window, block, d, has_p, plain):
 
 def _cheapest(window, d, has_p, plain=False):
     "The size of a block, or 'dense', and the cost; `d` the channels of a key and a value, `plain` without tables"
-    best,least = 'dense',prod(window.grid)**2*(4+d if plain else 16+d+has_p*2*d)
+    best,least = 'dense',prod(window.grid)**2*(0.6*(4+d) if plain else 16+d+has_p*2*d)
     for size in (2,4,8,16,32):
         block = tuple([min(size, s) for s in window.grid])
         cost = _cost(window, block, d, has_p, plain)
