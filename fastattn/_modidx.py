@@ -276,6 +276,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'fastattn.layers.local._check_positions': ( 'layers/local.html#_check_positions',
                                                                                    'fastattn/layers/local.py'),
                                        'fastattn.layers.local._cost': ('layers/local.html#_cost', 'fastattn/layers/local.py'),
+                                       'fastattn.layers.local._cut_again': ('layers/local.html#_cut_again', 'fastattn/layers/local.py'),
                                        'fastattn.layers.local._every_pair': ('layers/local.html#_every_pair', 'fastattn/layers/local.py'),
                                        'fastattn.layers.local._groups': ('layers/local.html#_groups', 'fastattn/layers/local.py'),
                                        'fastattn.layers.local._in_blocks': ('layers/local.html#_in_blocks', 'fastattn/layers/local.py'),

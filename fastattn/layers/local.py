@@ -330,15 +330,32 @@ def _in_blocks(q, k, v, window, positions, block):
     y = _in_plain_operations(tensors, form, form.places(q.device)) if plain_operations else _BlockAttention.apply(*tensors, form)
     return _join(y, window.grid, block)
 
+def _cut_again(cuts):
+    """A context in which autograd keeps, in place of cut blocks, how they are cut: the halos would take several times the memory of the grid.
+    `cuts`: the blocks, the grid that they are cut from, and a function that does it"""
+    def keep(x):
+        for blocks,grid,cut in cuts:
+            if x.data_ptr()==blocks.data_ptr() and x.numel()==blocks.numel(): return grid.detach(),grid._version,cut,x.shape
+        return x
+    def give(kept):
+        if isinstance(kept, torch.Tensor): return kept
+        grid,version,cut,shape = kept
+        if grid._version!=version: raise RuntimeError("queries, keys or values of local_attention were changed in place before the backward pass")
+        with torch.no_grad(): return cut(grid).view(shape)
+    return torch.autograd.graph.saved_tensors_hooks(keep, give)
+
 def _in_plain_blocks(q, k, v, window, block):
     "The same with content only: PyTorch's attention, and a mask over the halo"
     form = _Form(block, tuple(window.halo(block)), q.shape[-1], False)
     bias = _bias(window.seen(block, q.device), q.dtype) # (n, 1, a, w)
     mask = form.write(bias.new_full((*bias.shape[:-1],prod(form.halo)), _least(q.dtype)), bias) # (n, 1, a, h)
-    q,k,v = _blocks(q, block),*(_blocks(o, block, window.low, window.high) for o in (k,v))
-    mask = mask.expand(len(q), -1, -1, -1, -1) # (H, n, 1, a, h)
-    y = F.scaled_dot_product_attention(*(o.flatten(0, 1) for o in (q,k,v,mask)), scale=1.)
-    return _join(y.unflatten(0, q.shape[:2]), window.grid, block)
+    def cut(o): return _blocks(o, block)
+    def cut_halos(o): return _blocks(o, block, window.low, window.high)
+    cuts = [(f(o),o,f) for o,f in ((q,cut), (k,cut_halos), (v,cut_halos))]
+    mask = mask.expand(q.shape[1], -1, -1, -1, -1) # (H, n, 1, a, h)
+    with nullcontext() if torch.compiler.is_compiling() else _cut_again(cuts):
+        y = F.scaled_dot_product_attention(*(o.flatten(0, 1) for o in (*(blocks for blocks,_,_ in cuts),mask)), scale=1.)
+    return _join(y.unflatten(0, mask.shape[:2]), window.grid, block)
 
 # %% ../../nbs/layers/03_local.ipynb #1f47019c
 def _skew(x, block, grid):
