@@ -1144,6 +1144,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'fastattn.recipes.run.RunFile.state_dict': ( 'recipes/run.html#runfile.state_dict',
                                                                                    'fastattn/recipes/run.py'),
                                       'fastattn.recipes.run.RunFile.write': ('recipes/run.html#runfile.write', 'fastattn/recipes/run.py'),
+                                      'fastattn.recipes.run._collect_garbage': ( 'recipes/run.html#_collect_garbage',
+                                                                                 'fastattn/recipes/run.py'),
                                       'fastattn.recipes.run._commit': ('recipes/run.html#_commit', 'fastattn/recipes/run.py'),
                                       'fastattn.recipes.run._name': ('recipes/run.html#_name', 'fastattn/recipes/run.py'),
                                       'fastattn.recipes.run._peak_mb': ('recipes/run.html#_peak_mb', 'fastattn/recipes/run.py'),
