@@ -263,6 +263,15 @@ def test_update_windows_once():
     train,valid = ([o for t,o in learn.watch.seen if t==kind] for kind in (True,False))
     assert len(set(train))==len(train)==6 and len(set(valid))==2 and valid[0]==train[2] and valid[-1]==train[-1]
 
+def test_windows_are_read_once(monkeypatch):
+    "However many layers there are, one reading for each update"
+    net,read = PositionalTransformer(1, 2, dim=8, depth=3, heads=2, span=GaussianSpan(2, heads=2)),[]
+    tolist = torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, 'tolist', lambda o: read.append(o.shape) or tolist(o))
+    update_windows(net)
+    net(torch.randn(2, 1, 6, 6)).sum().backward()
+    assert read==[(3*2*2,)]
+
 def test_span_on_meta():
     "Forward passes on the meta device, and from there to weights"
     for kw in (dict(), dict(encoding='sinusoid'), dict(encoding='rotary'), dict(span=2, encoding=None), dict(span=None), dict(modulate='all')):

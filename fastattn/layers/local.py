@@ -54,6 +54,17 @@ class Window:
         seen = torch.arange(prod(self.sizes), device=device)<=zero if self.causal else torch.ones(prod(self.sizes), dtype=torch.bool, device=device)
         return seen.view(self.sizes)
 
+    def pairs(self, device):
+        "Which pairs of positions see each other: (N, N)"
+        d,seen = len(self.grid),None
+        for i,(size,low,high) in enumerate(zip(self.grid, self.low, self.high)):
+            at = torch.arange(size, device=device)
+            steps = at-at[:,None] # (query, key)
+            near = _axis((steps>=low)&(steps<=high), i, d)
+            seen = near if seen is None else seen&near
+        seen = seen.flatten(d).flatten(0, d-1)
+        return seen.tril() if self.causal else seen
+
     def seen(self, block, device):
         "What each query of each block sees of its window, in the grid and not later: (n, 1, a, w)"
         d,seen = len(block),self.earlier(device)
@@ -319,15 +330,32 @@ def _in_blocks(q, k, v, window, positions, block):
     y = _in_plain_operations(tensors, form, form.places(q.device)) if plain_operations else _BlockAttention.apply(*tensors, form)
     return _join(y, window.grid, block)
 
+def _cut_again(cuts):
+    """A context in which autograd keeps, in place of cut blocks, how they are cut: the halos would take several times the memory of the grid.
+    `cuts`: the blocks, the grid that they are cut from, and a function that does it"""
+    def keep(x):
+        for blocks,grid,cut in cuts:
+            if x.data_ptr()==blocks.data_ptr() and x.numel()==blocks.numel(): return grid.detach(),grid._version,cut,x.shape
+        return x
+    def give(kept):
+        if isinstance(kept, torch.Tensor): return kept
+        grid,version,cut,shape = kept
+        if grid._version!=version: raise RuntimeError("queries, keys or values of local_attention were changed in place before the backward pass")
+        with torch.no_grad(): return cut(grid).view(shape)
+    return torch.autograd.graph.saved_tensors_hooks(keep, give)
+
 def _in_plain_blocks(q, k, v, window, block):
     "The same with content only: PyTorch's attention, and a mask over the halo"
     form = _Form(block, tuple(window.halo(block)), q.shape[-1], False)
     bias = _bias(window.seen(block, q.device), q.dtype) # (n, 1, a, w)
     mask = form.write(bias.new_full((*bias.shape[:-1],prod(form.halo)), _least(q.dtype)), bias) # (n, 1, a, h)
-    q,k,v = _blocks(q, block),*(_blocks(o, block, window.low, window.high) for o in (k,v))
-    mask = mask.expand(len(q), -1, -1, -1, -1) # (H, n, 1, a, h)
-    y = F.scaled_dot_product_attention(*(o.flatten(0, 1) for o in (q,k,v,mask)), scale=1.)
-    return _join(y.unflatten(0, q.shape[:2]), window.grid, block)
+    def cut(o): return _blocks(o, block)
+    def cut_halos(o): return _blocks(o, block, window.low, window.high)
+    cuts = [(f(o),o,f) for o,f in ((q,cut), (k,cut_halos), (v,cut_halos))]
+    mask = mask.expand(q.shape[1], -1, -1, -1, -1) # (H, n, 1, a, h)
+    with nullcontext() if torch.compiler.is_compiling() else _cut_again(cuts):
+        y = F.scaled_dot_product_attention(*(o.flatten(0, 1) for o in (*(blocks for blocks,_,_ in cuts),mask)), scale=1.)
+    return _join(y.unflatten(0, mask.shape[:2]), window.grid, block)
 
 # %% ../../nbs/layers/03_local.ipynb #1f47019c
 def _skew(x, block, grid):
@@ -378,11 +406,7 @@ def _in_slabs(q, k, v, window, positions):
 
 def _at_once(q, k, v, window):
     "Content only: one call of PyTorch's attention, with a mask if there is something that is not seen"
-    bias = None
-    if not window.holds_all:
-        every = [range(s) for s in window.grid]
-        places,inside = _places(every, every, window.low, window.sizes, q.device)
-        bias = _bias(inside & window.earlier(q.device).flatten()[places], q.dtype)
+    bias = None if window.holds_all else _bias(window.pairs(q.device), q.dtype)
     y = F.scaled_dot_product_attention(*(o.flatten(2, -2) for o in (q,k,v)), bias, scale=1.)
     return y.unflatten(2, window.grid)
 
@@ -427,7 +451,7 @@ def _cost(window, block, d, has_p, plain):
 
 def _cheapest(window, d, has_p, plain=False):
     "The size of a block, or 'dense', and the cost; `d` the channels of a key and a value, `plain` without tables"
-    best,least = 'dense',prod(window.grid)**2*(4+d if plain else 16+d+has_p*2*d)
+    best,least = 'dense',prod(window.grid)**2*(0.6*(4+d) if plain else 16+d+has_p*2*d)
     for size in (2,4,8,16,32):
         block = tuple([min(size, s) for s in window.grid])
         cost = _cost(window, block, d, has_p, plain)
