@@ -303,7 +303,7 @@ def folder_dls(
     return _photos(path, fns, size, bs, workers, splitter, aug, cache, few, check=partial(check_images, fns))
 
 # %% ../../nbs/recipes/00_data.ipynb #sd000002
-_n_same = dict(train=6000, valid=2000)
+_n_same = dict(train=4000, valid=1000)
 
 def _pattern(rng, n_cells=3):
     "Which cells of a square are white: a third or more of them, and not all"
@@ -345,7 +345,7 @@ def same_different_dls(
     cache:bool=None, # Cut batches from one tensor of all images? None: yes
     few:int=None # Training images of each class, taken at random, the same each time; None: all
 )->DataLoaders:
-    "Two shapes far apart, the same or not: 6000 synthetic images for training and 2000 held out, always the same ones; one channel, normalised"
+    "Two shapes far apart, the same or not: 4000 synthetic images for training and 1000 held out, always the same ones; one channel, normalised"
     check_least(10, size=size)
     ims = _make_same(size)
     px = np.stack([o for o in ims if not o.valid])/255
