@@ -94,7 +94,7 @@ class GainRate(Callback):
         gains = [p for m in gained_layers(get_model(self.model)).values() if (p := gain_of(m)) is not None]
         if not gains: raise ValueError("the model has no attention with a gain for GainRate; insert_attn puts some into it")
         opt = getattr(self.opt, 'opt', self.opt) # of Lookahead, the optimiser inside
-        if not hasattr(opt, 'cbs'): raise ValueError(f"GainRate needs one of fastai's optimisers, got {type(opt).__name__}")
+        if not hasattr(opt, 'cbs'): raise ValueError(f"GainRate needs one of fastai's optimisers, got {type(self.opt).__name__}")
         for p in gains: opt.state[p]['lr_factor'] = self.factor
         if not any(isinstance(o, _ScaledStep) for o in opt.cbs): opt.cbs = opt.cbs.map(_ScaledStep)
 

@@ -339,8 +339,17 @@ _thesis_page,_thesis_differs = 'github.com/MeenaAlfons/posattn, MSc thesis, tabl
 _projection = dict(data='mnist', size=28, arch='projection', epochs=10)
 _projection_page,_projection_differs = 'self-projection 0.1.0, README','there Adadelta, lr 1, falling by 0.7 each epoch'
 
+def _sdoria_row(size, epochs, runs, published, data='imagenette', attn=('none','ssa')):
+    "A row of the first tables of SimpleSelfAttention"
+    options = dict(_sdoria, data=data, size=size, epochs=epochs, attn=list(attn))
+    return Preset([options], runs, f'{_sdoria_page}, README v0.1', published, _sdoria_differs+'; the settings are those of its notebook at Imagewoof 256/5')
+
 presets = {
     **{f'sdoria-{e}': Preset([dict(_sdoria, epochs=e)], 10, f'{_sdoria_page} at b5a8333, README', f'none {a}, ssa {b}', _sdoria_differs) for e,a,b in ((5,'61.9%','67.6%'), (20,'83.9%','85.7%'), (80,'89.9%','90.3%'))},
+    'sdoria-woof-128-5': _sdoria_row(128, 5, 12, 'none 62.3%, ssa 65.2%, sa 64.0%', 'imagewoof', ('none','ssa','sa')),
+    'sdoria-nette-128-5': _sdoria_row(128, 5, 10, 'none 85.5%, ssa 86.3%'),
+    'sdoria-nette-256-5': _sdoria_row(256, 5, 6, 'none 84.6%, ssa 85.3%'),
+    'sdoria-nette-256-20': _sdoria_row(256, 20, 6, 'none 93.6%, ssa 94.4%'),
     'sdoria-50-47': Preset([dict(_sdoria, size=128, arch='xresnet18', lr=8e-3, attn=a, epochs=e) for a,e in (('none',50),('ssa',47))], 20,
         f'{_sdoria_page} at b725fd0, README', 'none 84.98%, ssa 85.67%', 'means of the best epoch, and '+_sdoria_differs),
     **{f'fastai-2020-{e}': Preset([dict(_fastai, epochs=e)], 1, 'github.com/fastai/imagenette, 2020-01-train.md', f'ssa {a}', 'from the archive of 320 px there'+', with mixup of unstated strength'*(e>20))
