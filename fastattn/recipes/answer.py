@@ -124,7 +124,8 @@ def _labels(runs):
 def _group(o, equal_time):
     c = o['config']
     if 'comparison' in c: return c['comparison'],c['comparison']
-    words = [f"few{c['few']}"]*bool(c.get('few'))+[str(c['size'])]+[str(c['epochs'])]*(not equal_time)
+    words = [f"few{c['few']}"] if c.get('few') else []
+    words += [str(c['size'])]+([] if equal_time else [str(c['epochs'])])
     return '-'.join([c['data'], *words]),'-'.join([Path(c['data']).name, *words])
 
 def group_runs(
