@@ -549,7 +549,7 @@ def show_gains(
     runs, # An `Answer`, or a folder of runs
     path=None # The picture to write (PNG)
 ): # The figure
-    "Draw gain and share of each attention layer by epoch: a thin line for each run, a thick one for the median. Raises `ValueError` where no run has kept them"
+    "Draw size of the gain and share of each attention layer by epoch: a thin line for each run, a thick one for the median. Raises `ValueError` where no run has kept them"
     answer = runs if isinstance(runs, Answer) else Answer(read_runs(runs))
     told = {k: o for k in answer.by_label if (o := answer.gains(k))}
     if not told: raise ValueError("none of the runs has kept its gains: there is no attention, or they are older than GainRecorder")
@@ -559,7 +559,7 @@ def show_gains(
         for j,layer in enumerate(curves[0][0]):
             words = dict(color=f'C{i%10}', ls=('-','--',':','-.')[j%4], label=f'{label}: {layer}' if several else label)
             for k,ax in enumerate(axs): _plot_gains(ax, [[e[layer][k] for e in o] for o in curves], **words)
-    axs[0].set(xlabel='epoch', ylabel='gain', title='gain')
+    axs[0].set(xlabel='epoch', ylabel='|gain|', title='gain')
     axs[1].set(xlabel='epoch', ylabel='RMS of what is added / RMS of the input', yscale='log', title='share')
     axs[1].axhline(still_share, color='grey', lw=0.8)
     for ax in axs: ax.xaxis.get_major_locator().set_params(integer=True)
@@ -567,7 +567,7 @@ def show_gains(
     return _save(fig, path)
 
 def _plot_gains(ax, curves, label, **style):
-    ys = np.array(curves, float) # (runs, epochs); None is nan
+    ys = np.abs(np.array(curves, float)) # (runs, epochs); None is nan
     epochs = np.arange(1, ys.shape[1]+1)
     for o in ys: ax.plot(epochs, o, lw=0.6, alpha=0.5, **style)
     ax.plot(epochs, np.nanmedian(ys, 0), lw=2, marker='.', label=label, **style)
