@@ -120,3 +120,15 @@ def test_autocast_step(name, dtype, device):
     grads = [p.grad for p in m.parameters() if p.grad is not None]
     assert grads
     for g in grads: assert g.dtype==torch.float32 and g.device.type==device.type and g.isfinite().all()
+
+@pytest.mark.parametrize('name', [o for o in cases if o!='nonlinear'])
+def test_same_seed(name, device):
+    "The same seed gives the same gradients, bit for bit"
+    make,x = cases[name]
+    def step():
+        torch.manual_seed(0)
+        m = make().to(device).train()
+        y = m(x.to(device))
+        (y[0] if isinstance(y, tuple) else y).square().mean().backward()
+        return [p.grad for p in m.parameters() if p.grad is not None]
+    for a,b in zip(step(), step(), strict=True): assert torch.equal(a, b)
