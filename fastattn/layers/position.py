@@ -59,7 +59,9 @@ class SirenEncoding(nn.Module):
         self.layers = nn.ModuleList(nn.Linear(i, o) for i,o in zip(sizes, sizes[1:]))
         self.act = act_cls() if act_cls else None
         self.start = [float(w0 if w0_first is None else w0_first),*[float(w0)]*(depth-2)][:depth-1]
-        self.w0 = nn.Parameter(torch.tensor(self.start), requires_grad=learn_w0)
+        frequencies = torch.tensor(self.start)
+        if learn_w0: self.w0 = nn.Parameter(frequencies)
+        else: self.register_buffer('w0', frequencies) # a parameter would be trained once a Learner unfreezes it
         self.reset_parameters()
 
     def reset_parameters(self):
