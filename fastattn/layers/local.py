@@ -13,7 +13,7 @@ from math import prod
 from operator import index
 from torch.utils.checkpoint import checkpoint
 from typing import NamedTuple
-from ..core import check_name,per_dim
+from ..core import check_flags,check_name,per_dim
 
 # %% ../../nbs/layers/03_local.ipynb #6a0c1101
 def _strides(sizes): return [prod(sizes[i+1:]) for i in range(len(sizes))]
@@ -586,6 +586,7 @@ def local_attention(
     `softmax(((q k) + (q_pos p)) * factor / sqrt(D) + log_weight) v`, with p, factor and log_weight by the offset of the key.
     Raises `ValueError` for shapes and options that do not fit"""
     _check_inputs(q, k, v, combine)
+    check_flags(causal=causal)
     grid = tuple([index(o) for o in q.shape[2:-1]]) # `index` makes them numbers in a compiled graph
     windows = _windows_of_heads(window, q.shape[1], len(grid))
     if isinstance(block, str): check_name(block, ['dense'], 'block')

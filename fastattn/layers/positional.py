@@ -10,7 +10,7 @@ import torch
 from math import prod
 from operator import index
 from torch import nn
-from ..core import check_least,check_name,per_dim
+from ..core import check_flags,check_least,check_name,per_dim
 from .local import local_attention,on_any_grid
 from .position import GaussianSpan,SinusoidEncoding,SirenEncoding,rotary,window_steps
 
@@ -62,6 +62,7 @@ class PositionalSelfAttention(nn.Module):
     ):
         super().__init__()
         check_least(1, dim=dim, heads=heads, ndim=ndim)
+        check_flags(causal=causal)
         if dim%heads: raise ValueError(f"heads must divide dim, got dim={dim} and heads={heads}")
         check_name(combine, ['add','multiply'], 'combine')
         check_name(modulate, ['weights','all','positional'], 'modulate')

@@ -170,6 +170,16 @@ def _reason(e):
     return f"{type(e).__name__}: {plain_message(e)} ({Path(at.filename).name}, line {at.lineno})"
 
 # %% ../../nbs/recipes/01_run.ipynb #86cb9f46
+_left = 0 # parameters of the Learners that were trained and are not collected yet
+
+def _collect_garbage(record):
+    "A Learner and its callbacks know each other, and would keep their tensors for long. A collection takes .4 s, so small models wait for others"
+    global _left
+    _left += record.get('params', 0) if record else math.inf
+    if _left>1e7:
+        gc.collect()
+        _left = 0
+
 @dataclass
 class Run:
     """One training with one seed, kept in the file `path`.
@@ -238,7 +248,7 @@ class Run:
             return record
         finally:
             if lock: lock.release()
-            if record is None or record.get('params', 0)>1e5: gc.collect() # a Learner and its callbacks know each other, and would keep large tensors for long
+            _collect_garbage(record)
 
     def _train(self, resume, callbacks):
         before = (self.read() or {}) if resume else {}
