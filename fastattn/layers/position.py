@@ -27,6 +27,8 @@ def relative(
     grid # Size of the grid in each dimension
 )->torch.Tensor: # The same shape
     "Offsets as a share of the largest that the grid has: from -1 to 1"
+    if torch.compiler.is_exporting(): # sizes may be symbols
+        return torch.stack([o/torch.sym_max(1, s-1) for o,s in zip(steps.unbind(-1), grid)], -1)
     return steps/torch.tensor([max(1, s-1) for s in grid], device=steps.device, dtype=steps.dtype)
 
 def _at_least_float32(dtype): return torch.promote_types(dtype, torch.float32)
@@ -59,7 +61,9 @@ class SirenEncoding(nn.Module):
         self.layers = nn.ModuleList(nn.Linear(i, o) for i,o in zip(sizes, sizes[1:]))
         self.act = act_cls() if act_cls else None
         self.start = [float(w0 if w0_first is None else w0_first),*[float(w0)]*(depth-2)][:depth-1]
-        self.w0 = nn.Parameter(torch.tensor(self.start), requires_grad=learn_w0)
+        frequencies = torch.tensor(self.start)
+        if learn_w0: self.w0 = nn.Parameter(frequencies)
+        else: self.register_buffer('w0', frequencies) # a parameter would be trained once a Learner unfreezes it
         self.reset_parameters()
 
     def reset_parameters(self):
@@ -186,6 +190,11 @@ class GaussianSpan(nn.Module):
         "Numbers, not tensors, are what windows are made of: so no step waits for a device, and compiled graphs guard them"
         self._numbers = [tuple(o) for o in numbers]
         with torch.no_grad(): self.radius.copy_(torch.tensor(numbers, dtype=torch.float64))
+
+    @property
+    def radii(self):
+        "How far the window of each head reaches in each dimension, a share of the grid: numbers (heads, ndim)"
+        return self._numbers
 
     @property
     def reach(self):

@@ -50,7 +50,7 @@ def _div_bmm(a, b, div):
 
 def _add_bmm(x, p, q, last):
     "`x + p q` (B, C, N) in the dtype of `x`; its transpose (B, N, C) where the channels are `last` in memory. Never a view, which nobody could change in place behind a custom function"
-    if last: x,p,q = x.mT,q.mT,p.mT
+    if last: x,p,q = (o.transpose(1, 2) for o in (x,q,p))
     return torch.baddbmm(x, p, q) if x.dtype==p.dtype else (x+p@q).to(x.dtype)
 
 # %% ../../nbs/layers/00_simple.ipynb #9f58fc85
@@ -104,6 +104,10 @@ class _ChannelOrderForwardMode(_ChannelOrder):
         return dy.mT if ctx.last else dy,None,None
 
 # %% ../../nbs/layers/00_simple.ipynb #618c2b27
+def _has_any_size(n):
+    "Is it exported for grids of any size? Then nothing may be chosen by the size"
+    return torch.jit.is_tracing() or torch.compiler.is_exporting() and isinstance(n, torch.SymInt)
+
 _worthwhile = 2**21 # multiply-adds of one product, from which on `_ChannelOrder` is faster than autograd
 
 def simple_attention(
@@ -116,18 +120,19 @@ def simple_attention(
     x = plain(x)
     if not x.is_floating_point(): raise TypeError(f"simple self-attention takes floating point input, got {x.dtype}")
     _check_shapes(x, weight, gain)
-    (b,c,n),ks = x.shape,int(weight.shape[-1]) # where torch.jit traces, sizes are tensors
+    (b,c,n),ks,any_size = x.shape,int(weight.shape[-1]),_has_any_size(x.shape[2]) # where torch.jit traces, sizes are tensors
     dtype,last = autocast_dtype(x.device.type) or weight.dtype,x.stride(1)==1
-    div = max(n, 1) if dtype==torch.float16 else 1
-    factor = div/max(n, 1) if scale else div
+    count = torch.sym_max(n, 1) if isinstance(n, torch.SymInt) else max(n, 1)
+    div = count if dtype==torch.float16 else 1
+    factor = div/count if scale else div
     w = (gain if factor==1 else gain*factor)*weight.to(gain.dtype)
-    order = _least(multiply_adds(c, n, ks))
+    order = _least(multiply_adds(c, n, ks)) if not any_size else 'channel' if ks==1 else 'conv'
     compiled = torch.compiler.is_compiling()
-    if order=='channel' and (compiled or b*c*c*n>=_worthwhile):
+    if order=='channel' and not any_size and (compiled or b*c*c*n>=_worthwhile):
         by_hand = _ChannelOrder if compiled else _ChannelOrderForwardMode
         y = by_hand.apply(x, w[...,0], dtype, last, div)[0]
     else: y = _by_autograd(order, x, w.to(dtype), last, div)
-    return y.mT if last else y
+    return y.transpose(1, 2) if last else y
 
 def _check_shapes(x, weight, gain):
     if x.dim()!=3 or weight.dim()!=3 or tuple(weight.shape[:2])!=(x.shape[1],)*2 or gain.numel()!=1:
@@ -135,12 +140,12 @@ def _check_shapes(x, weight, gain):
             f"got shapes {tuple(x.shape)}, {tuple(weight.shape)} and {tuple(gain.shape)}")
     _check_ks(int(weight.shape[-1]))
 
-def _by_autograd(order, x, w, last, div):
+def _by_autograd(order, x, w, last, div): # `transpose`, as the older way to ONNX knows no `mT`
     h = x.to(w.dtype)
-    if order=='channel': return _add_bmm(x, _div_bmm(h, h.mT, div)@w[...,0], h, last)
+    if order=='channel': return _add_bmm(x, _div_bmm(h, h.transpose(1, 2), div)@w[...,0], h, last)
     wh = F.conv1d(h, w, padding=w.shape[-1]//2)
-    if order=='conv': return _add_bmm(x, _div_bmm(h, h.mT, div), wh, last)
-    return _add_bmm(x, h, _div_bmm(h.mT, wh, div), last)
+    if order=='conv': return _add_bmm(x, _div_bmm(h, h.transpose(1, 2), div), wh, last)
+    return _add_bmm(x, h, _div_bmm(h.transpose(1, 2), wh, div), last)
 
 # %% ../../nbs/layers/00_simple.ipynb #bd12ec5a
 def _unit(x): return x/torch.linalg.vector_norm(x).clamp_min(1e-12)
