@@ -448,6 +448,11 @@ def test_remask_prefers_the_improbable():
     a,b,_ = m.generate((1,30,30), steps=3, label=0, order='halton', remask=0.01, temperature=0, frames=True)[1:]
     assert ((a>=0)&(b<0)).sum()==3
 
+@pytest.mark.parametrize('order', ['certain','halton','random',torch.arange(25).view(5, 5)])
+def test_generate_on_meta(order):
+    y = small(n_labels=3).to('meta').generate((2,5,5), steps=3, label=1, order=order, guidance=1, remask=0.2, top_p=0.9)
+    assert y.is_meta and y.shape==(2,5,5)
+
 @pytest.mark.parametrize('kwargs', [{},dict(remask=0.5),dict(guidance=1),dict(order='halton', remask=0.2, guidance=1, top_p=0.9)])
 def test_calls_of_the_model(kwargs):
     m = Scores([0.,0.], [0.,0.])
