@@ -11,69 +11,335 @@ import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 from functools import partial
+from math import prod
+from timm.layers.lambda_layer import LambdaLayer
+from timm.layers.non_local_attn import BilinearAttnTransform
 from torch import nn
+from torch.nn.attention import SDPBackend,sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from typing import NamedTuple
 from .layers.position import GaussianSpan,window_steps
 from .layers.positional import PositionalSelfAttention
 from .layers.simple import SimpleSelfAttention
+from .models.insert import attn_sites,stages_of
 
-# %% ../nbs/04_interpret.ipynb #6cba4f5e
-@torch.no_grad()
-def attention_map(
-    layer, # A `SimpleSelfAttention`, or a `PositionalSelfAttention` of two dimensions
-    x:torch.Tensor, # One input of it: (1, C, rows, columns), or (1, rows, columns, C) for positional attention
-    at # Row and column that look
-)->torch.Tensor: # (rows, columns)
-    "How much each position counts for the one `at`; a mean over heads. A `ValueError` for other layers"
-    if isinstance(layer, PositionalSelfAttention):
-        grid = x.shape[1:-1]
-        values = torch.eye(grid.numel(), device=x.device, dtype=x.dtype).view(1, 1, *grid, -1).expand(1, layer.heads, *grid, -1)
-        return layer.attend(x, values)[0,:,at[0],at[1]].mean(0).view(grid)
-    if not isinstance(layer, SimpleSelfAttention): raise ValueError(f"there are maps of SimpleSelfAttention and PositionalSelfAttention, got {type(layer).__name__}")
-    layer = copy.deepcopy(layer).eval() # in training, the norm of W takes a step whenever it is asked for
+# %% ../nbs/04_interpret.ipynb #a1a10001
+def _simple_map(layer, x, at):
+    "`x` (1, C, rows, columns)"
     w = layer.kernel()
     wx = F.conv1d(x.flatten(2), w/layer.sigma(w), padding=layer.ks//2).view(x.shape)[0,:,at[0],at[1]] # (C,)
     return torch.einsum('chw,c->hw', x[0], wx)*torch.where(layer.gamma<0, -1, 1)
 
-# %% ../nbs/04_interpret.ipynb #f905c846
-def _inputs(model, x):
-    "What each layer that has a map gets when `model` sees `x`: {name: (layer, input)}"
-    seen = {}
-    def see(name, layer, args): seen[name] = layer,args[0].detach()
-    hooks = [m.register_forward_pre_hook(partial(see, k)) for k,m in model.named_modules() if isinstance(m, (SimpleSelfAttention,PositionalSelfAttention))]
+def _positional_map(layer, x, at):
+    "`x` (1, rows, columns, C): with the identity for values, what comes out is the weights"
+    grid = x.shape[1:-1]
+    values = torch.eye(grid.numel(), device=x.device, dtype=x.dtype).view(1, 1, *grid, -1).expand(1, layer.heads, *grid, -1)
+    return layer.attend(x, values)[0,:,at[0],at[1]].mean(0).view(grid)
+
+def _lambda_map(layer, x, at):
+    "`x` (1, C, rows, columns): what the query makes of the keys, and of the offsets"
+    (i,j),(h,w) = at,x.shape[2:]
+    n_q = layer.num_heads*layer.dim_qk
+    qkv = layer.qkv(x)
+    q = layer.norm_q(qkv[:,:n_q])[0,:,i,j].view(layer.num_heads, -1).mean(0) # (K,)
+    content = qkv[0,n_q:n_q+layer.dim_qk].flatten(1).softmax(-1).view(-1, h, w)
+    if layer.conv_lambda is None:
+        rows,cols = layer.rel_pos_indices[:,i*w+j]
+        return torch.einsum('k,khw->hw', q, content+layer.pos_emb[rows,cols].T.view(-1, h, w))
+    kernel = layer.conv_lambda.weight[:,0,:,:,0] # (K, r, r)
+    r = kernel.shape[-1]
+    position = kernel.new_zeros(len(kernel), h+r-1, w+r-1)
+    position[:,i:i+r,j:j+r] = kernel
+    return torch.einsum('k,khw->hw', q, content+position[:,r//2:r//2+h,r//2:r//2+w])
+
+def _bilinear_map(layer, x, at):
+    "`x` (1, C, rows, columns): P x Q, where P and Q mix positions that are a block apart"
+    b,(h,w) = layer.block_size,(x.shape[2]//layer.block_size,x.shape[3]//layer.block_size)
+    y = layer.conv1(x)
+    p = layer.conv_p(F.adaptive_max_pool2d(y, (b,1))).view(-1, b, b).sigmoid()
+    q = layer.conv_q(F.adaptive_max_pool2d(y, (1,b))).view(-1, b, b).sigmoid()
+    row,col = (p/p.sum(2, keepdim=True))[:,at[0]//h],(q/q.sum(1, keepdim=True))[:,:,at[1]//w] # (groups, b)
+    m = x.new_zeros(x.shape[2:])
+    m[at[0]%h::h,at[1]%w::w] = torch.einsum('gi,gj->ij', row, col)/len(row)
+    return m
+
+_own_maps = {SimpleSelfAttention: _simple_map, PositionalSelfAttention: _positional_map, LambdaLayer: _lambda_map, BilinearAttnTransform: _bilinear_map}
+
+def _has_own_map(layer): return isinstance(layer, tuple(_own_maps))
+
+@torch.no_grad()
+def _own_map(layer, x, at):
+    "By a copy in evaluation mode: in training, norms take a step whenever they are asked"
+    f = next(f for k,f in _own_maps.items() if isinstance(layer, k))
+    return f(copy.deepcopy(layer).eval(), x, at)
+
+# %% ../nbs/04_interpret.ipynb #a1a10003
+class _Run(NamedTuple):
+    "A layer that runs"
+    name:str
+    layer:nn.Module
+    x:torch.Tensor # Its first input
+
+class _Seen(NamedTuple):
+    "Weights that a layer computed: of a softmax over `dim`, of a gate if that is None, or none if the layer has a map of its own"
+    run:_Run
+    window:_Run = None # What cuts windows
+    weights:torch.Tensor = None
+    dim:int = None
+
+_softmaxes = {'aten._softmax.default','aten._safe_softmax.default'}
+_gates = {'aten.sigmoid.default','aten.sigmoid_.default','aten.hardsigmoid.default','aten.hardsigmoid_.default'}
+
+class _Watch(TorchDispatchMode):
+    "Keeps in `seen` the weights that the layers of `model` compute"
+    def __init__(self, model):
+        super().__init__()
+        self.running,self.seen,self.hooks = [],[],[]
+        for k,m in model.named_modules():
+            self.hooks.append(m.register_forward_pre_hook(partial(self.enter, k)))
+            self.hooks.append(m.register_forward_hook(self.leave))
+
+    def enter(self, name, layer, args):
+        self.running.append(_Run(name, layer, args[0].detach() if args and isinstance(args[0], torch.Tensor) else None))
+        if _has_own_map(layer): self.seen.append(_Seen(self.running[-1]))
+
+    def leave(self, layer, args, out): self.running.pop()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if str(func) in _softmaxes: self.keep(out, args[1]%out.dim())
+        elif str(func) in _gates: self.keep(out)
+        return out
+
+    def keep(self, weights, dim=None):
+        if any(_has_own_map(o.layer) for o in self.running): return
+        inserted = [o for o in self.running if hasattr(o.layer, 'attn_name')]
+        asked = inserted or [o for o in self.running if next(o.layer.parameters(), None) is not None][::-1]
+        windows = [o for o in self.running if hasattr(o.layer, 'window_size') and hasattr(o.layer, 'shift_size')]
+        if asked and asked[0].x is not None: self.seen.append(_Seen(asked[0], windows[-1] if windows else None, weights.detach().clone(), dim))
+
+def _watched(model, x):
+    "What the layers of `model` compute when it sees `x`, in evaluation mode"
+    training = [m for m in model.modules() if m.training]
+    fast = torch.backends.mha.get_fastpath_enabled()
+    watch = _Watch(model)
+    try:
+        torch.backends.mha.set_fastpath_enabled(False) # it computes its softmax out of sight, as fused attention does
+        with torch.no_grad(),sdpa_kernel(SDPBackend.MATH),watch: model.eval()(x)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        for o in watch.hooks: o.remove()
+        for m in training: m.training = True
+    return watch.seen
+
+# %% ../nbs/04_interpret.ipynb #a1a10005
+def _grid_of(n, size):
+    "How many of `n` tokens come before those of the grid (class token and the like), and the grid, for an image of `size`; or None"
+    for before in range(9):
+        for s in range(1, min(size)+1): # pixels of a token
+            if size[0]%s==0==size[1]%s and size[0]*size[1]==(n-before)*s*s: return before,(size[0]//s,size[1]//s)
+
+def _scaled(at, size, grid): return [int(p)*g//s for p,g,s in zip(at, grid, size)]
+
+class _Pairs(NamedTuple):
+    "What each query takes of each key"
+    weights:torch.Tensor # (queries, keys), a mean over heads
+    queries:tuple # Tokens before the grid, and the grid; None if there is one query only
+    keys:tuple
+    size:tuple # Of the image
+
+    def look(self, at):
+        "A map (rows, columns): where `at` looks, or the class token if that is None"
+        before,grid = self.keys
+        return self._row(at)[before:].view(grid)
+
+    def _row(self, at):
+        if self.queries is None: return self.weights[0]
+        before,grid = self.queries
+        if at is None and not before: raise ValueError("point is needed: the model has no class token")
+        i,j = (0,0) if at is None else _scaled(at, self.size, grid)
+        return self.weights[0 if at is None else before+i*grid[1]+j]
+
+def _fits(grid, size):
+    "Has `grid` about the sides' ratio of an image of `size`?"
+    a,b = grid[0]*size[1],grid[1]*size[0]
+    return max(a, b)<2*min(a, b)
+
+def _pairs(o, size):
+    "The softmax over positions that was seen; None if it is not over positions"
+    x,p = o.run.x,o.weights.movedim(o.dim, -1)
+    if type(o.run.layer).__name__=='MaskUnitAttention': return # Hiera's tokens stand in an order of their own
+    if p.dim() not in (3,4) or x.dim() not in (3,4) or 1 not in x.shape[:2 if x.dim()==3 else 1]: return
+    q,k = p.shape[-2:]
+    grids = [tuple(g) for g in (x.shape[2:],x.shape[1:3]) if x.dim()==4 and _fits(g, size)]
+    if not {q,k}&set([prod(g) for g in grids] if x.dim()==4 else x.shape[:2]): return
+    def place(n): return next(((0,g) for g in grids if prod(g)==n), None) or _grid_of(n, size)
+    queries,keys = None if q==1 else place(q),place(k)
+    if keys is None or queries is None and q>1: return
+    return _Pairs(p.flatten(0, -3).mean(0), queries, keys, size)
+
+def _shifted_windows(window, grid):
+    "Which position each place of each window has, (windows, places), -1 for padding: as Swin Transformers of timm and torchvision cut them"
+    size,shift = window.layer.window_size,list(window.layer.shift_size)
+    pads = [-g%s for g,s in zip(grid, size)]
+    at = torch.arange(prod(grid)).view(grid)
+    ours = type(window.layer).__module__.startswith('torchvision') # pads first, and does not shift what is one window
+    if ours: shift = [0 if s>=g+p else o for s,g,p,o in zip(size, grid, pads, shift)]
+    else: at = at.roll([-o for o in shift], (0,1))
+    at = F.pad(at, (0,pads[1],0,pads[0]), value=-1)
+    if ours: at = at.roll([-o for o in shift], (0,1))
+    return at.unflatten(1, (-1,size[1])).unflatten(0, (-1,size[0])).transpose(1, 2).flatten(2).flatten(0, 1)
+
+def _window_look(o, at, size):
+    "Where `at` looks inside its window"
+    if at is None: raise ValueError("point is needed: the model has no class token")
+    grid = tuple(o.window.x.shape[1:3])
+    i,j = _scaled(at, size, grid)
+    places = _shifted_windows(o.window, grid)
+    window,query = (places==i*grid[1]+j).nonzero()[0]
+    m,row = o.weights.new_zeros(prod(grid)+1),o.weights[window].mean(0)[query] # a mean over heads
+    m[places[window]] = row # padding goes to the last
+    return m[:-1].view(grid)
+
+def _is_in_windows(o): return o.window is not None and o.window.x.dim()==4 and o.weights.dim()==4 and o.dim==3
+
+def _gate_maps(o):
+    "Weights of channels, or of positions"
+    w,x = o.weights,o.run.x
+    if x.dim()<4: return {}
+    if w.numel()==max(w.shape)==x.shape[1]: return {f'{o.run.name} channels': w.flatten()}
+    over = w.dim()==4 and len(w)==1 and (w.shape[1]==1 or hasattr(o.run.layer, 'attn_name'))
+    fits = over and all(a in (1,b) for a,b in zip(w.shape[2:], x.shape[2:])) and w.shape[2:].numel()>1
+    return {o.run.name: w[0].mean(0).expand(x.shape[2:])} if fits else {}
+
+def _path_maps(o):
+    "Weights of a softmax over paths, for each channel"
+    w = o.weights.movedim(o.dim, 0).flatten(1) # (paths, channels)
+    if o.run.x.dim()<4 or max(o.weights.shape)*len(w)!=w.numel() or len(w)>8: return {}
+    return {f'{o.run.name} path {i}': v for i,v in enumerate(w)}
+
+def _maps_of(o, at, size):
+    "The maps of what was seen: {name: (rows, columns) or (channels,)}"
+    if o.weights is None:
+        grid = o.run.x.shape[1:-1] if isinstance(o.run.layer, PositionalSelfAttention) else o.run.x.shape[2:]
+        if len(grid)!=2: return {}
+        if at is None: raise ValueError("point is needed: the model has no class token")
+        return {o.run.name: _own_map(o.run.layer, o.run.x, _scaled(at, size, grid))}
+    if o.dim is None: return _gate_maps(o)
+    if _is_in_windows(o): return {o.run.name: _window_look(o, at, size)}
+    pairs = _pairs(o, size)
+    return {o.run.name: pairs.look(at)} if pairs else _path_maps(o)
+
+def _rollout(seen, at, size):
+    "Where `at` looks through all blocks of tokens, each half attention and half the token itself: [Abnar and Zuidema 2020](https://arxiv.org/abs/2005.00928)"
+    tokens = [o for o in seen if o.dim is not None and o.run.x.dim()==3]
+    pairs = [o for o in [_pairs(o, size) for o in tokens] if o is None or o.queries is not None] # attention of the class token alone comes last
+    if len(pairs)<2 or None in pairs or len({(o.queries,o.keys) for o in pairs})>1 or pairs[0].queries!=pairs[0].keys: return {}
+    total = eye = torch.eye(len(pairs[0].weights), device=pairs[0].weights.device)
+    for o in pairs: total = (o.weights+eye)/2@total
+    return {'rollout': pairs[0]._replace(weights=total).look(at)}
+
+def _all_maps(model, x, at, size):
+    seen,maps = _watched(model, x),{}
+    for o in seen:
+        for k,m in _maps_of(o, at, size).items():
+            maps[k] = maps[k]*m if k in maps and o.dim is None and m.dim()==2 else m # gates of rows and of columns
+    return {**maps, **_rollout(seen, at, size)}
+
+# %% ../nbs/04_interpret.ipynb #6cba4f5e
+_drawable = ("simple self-attention, positional and local attention; layers that take a softmax over positions, as fastai's SelfAttention, "
+    "timm's nl and gc, ViTs and Swin Transformers do; gates of channels or positions; and the stages of models that attn_sites knows")
+
+def attention_map(
+    layer, # A layer with attention, such as those of `attns`, with a grid of two dimensions
+    x:torch.Tensor, # One input of it: (1, C, rows, columns), or (1, rows, columns, C) for `PositionalSelfAttention`
+    at # Row and column that look
+)->torch.Tensor: # (rows, columns); (channels,) of layers that only weigh channels
+    "How much each position counts for the one `at`; a mean over heads. Raises `ValueError` for layers without a map"
+    grid = x.shape[1:-1] if isinstance(layer, PositionalSelfAttention) else x.shape[2:]
+    if x.dim()!=4 or len(x)!=1 or not all(0<=p<s for p,s in zip(at, grid)):
+        raise ValueError(f"x must be one input with a grid of two dimensions, and at a row and a column of it; got shape {tuple(x.shape)} and {tuple(at)}")
+    if _has_own_map(layer): return _own_map(layer, x, at)
+    maps = list(_all_maps(layer, x, at, grid).values())
+    if not maps: raise ValueError(f"{type(layer).__name__} has no map. There are maps of {_drawable}")
+    return next((m for m in maps if m.dim()==2), maps[0])
+
+# %% ../nbs/04_interpret.ipynb #a1a10009
+def _class_maps(model, x):
+    "Where what speaks for the first choice of `model` is seen, at the end of each stage: Grad-CAM, [Selvaraju et al. 2017](https://arxiv.org/abs/1610.02391), equations 1 and 2"
+    stages,sites = stages_of(model),{o.stage: o for o in attn_sites(model) if o.stage}
+    seen,hooks = {},[]
+    def see(stage, layer, args, out):
+        if isinstance(out, torch.Tensor) and out.dim()==4: seen[stage] = out
     training = [m for m in model.modules() if m.training]
     try:
-        with torch.no_grad(): model.eval()(x)
+        hooks += [o[-1].register_forward_hook(partial(see, i)) for i,o in enumerate(stages, 1)]
+        with torch.enable_grad():
+            y = model.eval()(x.clone().requires_grad_())
+            grads = torch.autograd.grad(y[0].max(), list(seen.values())) if seen else ()
     finally:
         for o in hooks: o.remove()
         for m in training: m.training = True
-    return {k: (m,o) for k,(m,o) in seen.items() if o.dim()==4}
+    maps = {}
+    for (stage,out),grad in zip(seen.items(), grads):
+        last = out.shape[1]!=sites[stage].channels==out.shape[-1] # (1, rows, columns, C)
+        out,grad = (o[0].movedim(-1, 0) if last else o[0] for o in (out.detach(),grad))
+        maps[f'class activation, stage {stage}'] = (grad.mean((1,2))[:,None,None]*out).sum(0).relu()
+    return maps
+
+# %% ../nbs/04_interpret.ipynb #f905c846
+def _image_of(image, learn):
+    "(C, rows, columns)"
+    if isinstance(image, (tuple,list)) and len(image) and isinstance(image[0], torch.Tensor): image = image[0] # an item (x, y)
+    if not isinstance(image, torch.Tensor):
+        if learn is None: raise ValueError(f"image must be a tensor (C, rows, columns) unless a Learner is given, got {type(image).__name__}")
+        image = learn.dls.test_dl([image]).one_batch()[0][0]
+    if image.dim()!=3: raise ValueError(f"image must be (C, rows, columns), got shape {tuple(image.shape)}")
+    return torch.Tensor(image.cpu().float())
+
+def _draw_map(ax, m, shown):
+    (rows,cols),low,top = shown.shape[:2],m.min().item(),m.abs().max().item() or 1.
+    if low<0: colors = dict(cmap='RdBu_r', vmin=-top, vmax=top)
+    else: colors = dict(cmap='Reds', vmin=low if low<top else 0, vmax=top)
+    ax.imshow(shown.mean(-1), cmap='gray')
+    ax.imshow(m.cpu(), alpha=0.6, extent=(-0.5,cols-0.5,rows-0.5,-0.5), **colors)
+
+def _draw_channels(ax, m):
+    ax.bar(range(len(m)), m.cpu(), width=1.)
+    ax.set(xlabel='channel', ylabel='weight', ylim=(0,max(1., m.max().item())), box_aspect=1)
 
 def show_attention(
-    model, # A model with attention, or a Learner
-    image, # (C, rows, columns) as the model gets it; with a Learner anything that its data are made of, such as a path
-    point, # Row and column of the image, in pixels as the model sees them
+    model, # A model, or a Learner
+    image, # (C, rows, columns) as the model gets it, or an item (x, y); with a Learner anything that its data are made of, such as a path
+    point=None, # Row and column of the image, in pixels as the model sees them; None for what the class token looks at
     width:float=2.2 # Width of each picture in inches
 ):
-    "Draw where `point` looks, in each layer: red what counts, blue what counts negatively. A `ValueError` if there is no layer with a map, or no such point"
+    """Draw where `point` looks, in each layer with attention: red what counts, blue what counts negatively; where nothing does, white is the least that there is.
+    Weights of channels are bars. Of models without attention: what each stage has seen of the class that was chosen.
+    Raises `ValueError` if there is nothing to draw, or no such point"""
     learn = None if isinstance(model, nn.Module) else model
     if learn: model = learn.model
-    if not isinstance(image, torch.Tensor): image = learn.dls.test_dl([image]).one_batch()[0][0]
-    size = image.shape[-2:]
-    if not all(0<=p<s for p,s in zip(point, size)): raise ValueError(f"point must be a row and a column of the image of {size[0]}x{size[1]}, got {tuple(point)}")
-    layers = _inputs(model, torch.Tensor(image)[None].to(next(model.parameters()).device))
-    if not layers: raise ValueError("there is nothing to draw: no SimpleSelfAttention or PositionalSelfAttention saw a grid of two dimensions")
-    shown = torch.Tensor(image).cpu().float()
-    shown = ((shown-shown.min())/(shown.max()-shown.min()).clamp(min=1e-6)).movedim(0, -1)
-    fig,axs = plt.subplots(1, len(layers)+1, figsize=(width*(len(layers)+1),width*1.15), squeeze=False, layout='constrained')
-    for ax,(name,(layer,x)) in zip(axs[0], [('image',(None,None)),*layers.items()]):
-        ax.imshow(shown if layer is None and shown.shape[-1]==3 else shown.mean(-1), cmap='gray')
-        if layer is not None:
-            grid = x.shape[1:3] if isinstance(layer, PositionalSelfAttention) else x.shape[2:]
-            m = attention_map(layer, x, [p*g//s for p,g,s in zip(point, grid, size)]).cpu()
-            ax.imshow(m, cmap='RdBu_r', vmin=-(top := m.abs().max().item() or 1.), vmax=top, alpha=0.6, extent=(-0.5,size[1]-0.5,size[0]-0.5,-0.5))
-        ax.plot(point[1], point[0], marker='o', ms=5, mec='k', mfc='yellow')
-        ax.set(xticks=[], yticks=[])
+    image = _image_of(image, learn)
+    size = tuple(image.shape[1:])
+    if point is not None and not (len(point)==2 and all(0<=p<s for p,s in zip(point, size))):
+        raise ValueError(f"point must be a row and a column of the image of {size[0]}x{size[1]}, got {tuple(point)}")
+    x = image[None].to(next(model.parameters(), image).device)
+    maps = _all_maps(model, x, point, size) or _class_maps(model, x)
+    if not maps: raise ValueError(f"there is nothing to draw in {type(model).__name__}. There are maps of {_drawable}")
+    shown = ((image-image.min())/(image.max()-image.min()).clamp(min=1e-6)).movedim(0, -1)
+    cols = min(len(maps)+1, 5)
+    rows = -(-(len(maps)+1)//cols)
+    fig,axs = plt.subplots(rows, cols, figsize=(width*cols,width*1.15*rows), squeeze=False, layout='constrained')
+    for ax in axs.flat[len(maps)+1:]: ax.axis('off')
+    axs[0,0].imshow(shown if shown.shape[-1]==3 else shown.mean(-1), cmap='gray')
+    for ax,(name,m) in zip(axs.flat, [('image',None),*maps.items()]):
         ax.set_title(name, fontsize=7)
+        if m is not None and m.dim()==1:
+            _draw_channels(ax, m)
+            continue
+        if m is not None: _draw_map(ax, m, shown)
+        if point is not None: ax.plot(point[1], point[0], marker='o', ms=5, mec='k', mfc='yellow')
+        ax.set(xticks=[], yticks=[])
     return fig
 
 # %% ../nbs/04_interpret.ipynb #23a58647

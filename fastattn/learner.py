@@ -22,7 +22,7 @@ from fastai.vision.models.xresnet import xresnet18
 from fastcore.basics import ifnone,patch
 from fastcore.foundation import L
 from fastcore.meta import delegates
-from .callback import MaskTokens,NoWeightDecay,SpanRecorder,UpdateWindows,masked_accuracy,random_layers
+from .callback import GainRate,MaskTokens,NoWeightDecay,SpanRecorder,UpdateWindows,masked_accuracy,random_layers
 from .core import check_least,check_name
 from .layers.dropconnect import DropConnect,to_dropconnect
 from .layers.position import GaussianSpan
@@ -125,6 +125,7 @@ def ssa_learner(
     c_in:int=None, # Number of input channels; by default from the data. `vision_learner` calls it `n_in`
     pretrained:bool=False, # Load the model's weights, and freeze all but attention and head?
     at:str='branch', # As for `insert_attn`
+    gain_lr:float=1., # Learning rate of the attention's gains, in that of the rest: 10 is ten times as fast
     normalize:bool=True, # Normalise the data as pretrained weights expect, unless it is normalised?
     **kwargs # `Learner`'s: loss_func, opt_func, lr, metrics, cbs, path, wd, ...; all others are the model's: act_cls, ndim, widen, ... of xresnets, `timm.create_model`'s, `vision_learner`'s for functions of torchvision
 )->Learner:
@@ -134,7 +135,8 @@ def ssa_learner(
     attn = dict(attn=attn, stages=stages, blocks=blocks, at=at)
     model,stats,splitter = _staged_model(dls, arch, attn, pretrained, n_out, c_in, kwargs)
     if pretrained and normalize: _normalize(dls, dict(zip(('mean','std'), stats)), c_in)
-    learn = Learner(dls, model, **_learner_args(dls, *_span_recorder(model), **{'splitter': partial(attn_last, splitter), **ours}))
+    own = _span_recorder(model)+([GainRate(gain_lr)] if gain_lr!=1 and attn['attn'] not in (None,'none') else [])
+    learn = Learner(dls, model, **_learner_args(dls, *own, **{'splitter': partial(attn_last, splitter), **ours}))
     if pretrained: learn.freeze()
     return learn
 

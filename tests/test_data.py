@@ -278,3 +278,37 @@ def test_held_out_pixels(name):
         ims = ims.movedim(-1, 1) if name=='cifar10' else ims[:,None]
         off = (dl.one_batch()[0].cpu()-(ims/255-mean)/std).abs().amax((1,2,3))
         assert (off<1e-5).all() if same else (off>0.1).sum()>10
+
+@pytest.mark.parametrize('cache', [True,False])
+def test_few(cache):
+    "So many training images of each class, the same each time, with their own labels; held-out images stay"
+    whole,few = (get_dls('digits', size=8, bs=10, cache=cache, **kw) for kw in ({}, dict(few=3)))
+    again = get_dls('digits', size=8, bs=10, cache=cache, few=3)
+    assert sorted(o.label for o in few.train_ds.items)==[str(i) for i in range(10) for _ in range(3)]
+    assert [id(o.label) for o in few.train_ds.items]==[id(o.label) for o in again.train_ds.items] or [o.label for o in few.train_ds.items]==[o.label for o in again.train_ds.items]
+    assert len(few.valid_ds)==len(whole.valid_ds)
+    dl = few.train.new(shuffle=False)
+    x,y = next(iter(dl))
+    for i in range(10):
+        assert few.vocab[y[i]]==few.train_ds.items[i].label
+        same = (whole.train_ds.items[j] for j in range(len(whole.train_ds)) if np.array_equal(whole.train_ds.items[j], few.train_ds.items[i]))
+        assert next(same).label==few.train_ds.items[i].label
+    for bad in (0, -1, 2.5, 10_000):
+        with pytest.raises(ValueError, match='few must be at'): get_dls('digits', size=8, few=bad)
+
+def test_same_different():
+    "Half the images hold two equal shapes, one on each side; the halves of an image alone tell nothing"
+    dls = get_dls('same_different', size=20)
+    assert (len(dls.train_ds),len(dls.valid_ds)) == (4000,1000) and dls.c==2
+    def shape(half):
+        rows,cols = np.nonzero(half)
+        return half[rows.min():rows.max()+1,cols.min():cols.max()+1]
+    def equal(im):
+        a,b = (shape(o) for o in np.split(np.array(im), 2, 1))
+        return a.shape==b.shape and (a==b).all()
+    items = dls.train_ds.items[:200]
+    assert all(equal(o) for o in items if o.label=='same') and np.mean([o.label=='same' for o in items])==0.5
+    assert np.mean([equal(o) for o in items if o.label=='different'])<0.2 # an empty row at the edge may hide a difference
+    again = get_dls('same_different', size=20)
+    assert np.array_equal(dls.valid_ds.items[7], again.valid_ds.items[7])
+    with pytest.raises(ValueError, match='size must be at least 10'): get_dls('same_different', size=9)

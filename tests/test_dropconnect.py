@@ -156,7 +156,7 @@ def test_to_dropconnect():
     one = nn.Linear(3, 4, bias=False)
     assert to_linear(to_dropconnect(one)).weight is one.weight
 
-@pytest.mark.parametrize('p', [-0.1,1,1.5,float('nan')])
+@pytest.mark.parametrize('p', [-0.1,1,1.5,float('nan'),'0.5',None,True,False])
 def test_bad_p(p):
     for f in (lambda: DropConnect(3, 3, p=p), lambda: dropconnect(torch.zeros(2, 3), torch.zeros(3, 3), p=p), lambda: to_dropconnect(nn.Sequential(nn.Linear(2, 2)), p)):
         with pytest.raises(ValueError, match='p is the probability'): f()
@@ -306,6 +306,15 @@ def test_one_graph_for_all_batches():
     f = torch.compile(l, backend=counter, fullgraph=True)
     for b in range(2, 14): assert f(torch.randn(b, 6, requires_grad=True)).shape==(b,5)
     assert counter.frame_count<=2
+
+def test_compiled_with_other_p():
+    "As a schedule sets it"
+    torch._dynamo.reset()
+    l,x = DropConnect(6, 5),torch.randn(3, 6)
+    f = torch.compile(l, backend='aot_eager', fullgraph=True)
+    for p in (0., 0.3, 0.5, 0.9, 0.99):
+        l.p = p
+        assert f(x).shape==(3,5)
 
 def test_export_in_training_with_dynamic_batch():
     l = DropConnect(6, 5)

@@ -510,3 +510,21 @@ def test_interface_of_timm(name):
     with pytest.raises(ValueError, match='unknown global_pool'): m.reset_classifier(7, 'mean')
     assert timm.create_model(name, num_classes=0, global_pool='', widen=0.5).eval()(x).shape==maps.shape
     assert m.prune_intermediate_layers([1])==[1] and m(x).shape==taken[1].shape
+
+def test_what_no_folder_can_tell(tmp_path):
+    "Models whose building nobody wrote down are refused, with the ways to keep them, which work"
+    from fastai.vision.learner import vision_learner
+    learn = vision_learner(loaders((3,32,32)), tv.resnet18, pretrained=False, path=tmp_path, **loss).add_attn()
+    for m in (learn,tv.resnet18(),insert_attn(xresnet18(n_out=2)),positional_learner(loaders((3,8,8)), dim=8, depth=1, heads=2, **loss)):
+        with pytest.raises(ValueError, match='keep model.state_dict.* learn.save .weights. or learn.export'): save_model(m, tmp_path/'m')
+    assert not (tmp_path/'m').exists()
+    filled(learn.model)
+    learn.save('kept')
+    other = vision_learner(loaders((3,32,32)), tv.resnet18, pretrained=False, path=tmp_path, **loss).add_attn()
+    other.load('kept', with_opt=False)
+    assert same_state(other.model.state_dict(), learn.model.state_dict())
+
+def test_folder_that_timm_wrote(tmp_path):
+    from timm.models import save_for_hf
+    save_for_hf(insert_attn(make('timm')), tmp_path, safe_serialization=True)
+    with pytest.raises(ValueError, match='weights of attention, but does not say of which.*save_model says so'): load_model(tmp_path)

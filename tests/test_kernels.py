@@ -14,6 +14,7 @@ def python(*args, **env):
 
 # Triton reads the variable when it is imported: a process for each
 @needs_triton
+@pytest.mark.slow
 @pytest.mark.parametrize('interpret', ['1', pytest.param('0', marks=needs_cuda)], ids=['interpreter','cuda'])
 def test_oracles(interpret):
     python('-m', 'pytest', '-q', '-p', 'no:cacheprovider', str(Path(__file__).with_name('kernels.py')), TRITON_INTERPRET=interpret)

@@ -4,6 +4,8 @@ import numpy as np
 import pytest,torch
 from hypothesis import given,settings,strategies as st
 from math import prod
+from torch.nn import functional as F
+from fastattn.layers import local
 from fastattn.layers.local import Window,_cheapest,_groups,local_attention
 
 few = settings(deadline=None, derandomize=True, max_examples=40)
@@ -164,6 +166,55 @@ def test_cheapest():
     def form(grid, reach, has_p): return _cheapest(Window(grid, reach), 16, has_p)[0]
     assert form((32,32), (3,3), True)!='dense' and form((32,32), (31,31), True)=='dense'
     assert form((1024,), (8,), True)!='dense' and form((8,), (7,), False)=='dense'
+    def plain(grid, reach): return _cheapest(Window(grid, reach), 32, False, True)[0] # of PyTorch's attention
+    assert plain((16,16), (3,3))=='dense' and plain((16,16), (1,1))!='dense' and plain((32,32), (3,3))!='dense'
+
+def kept_bytes(monkeypatch, f):
+    "What autograd keeps for the backward pass of `f`, each storage once, and the result"
+    kept,cut_again = {},local._cut_again
+    def keep(x):
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+    def watched(cuts):
+        hooks = cut_again(cuts)
+        def pack(x):
+            res = hooks.pack_hook(x)
+            keep(res if isinstance(res, torch.Tensor) else res[0])
+            return res
+        return torch.autograd.graph.saved_tensors_hooks(pack, hooks.unpack_hook)
+    with monkeypatch.context() as patch, torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        patch.setattr(local, '_cut_again', watched)
+        y = f()
+    return sum(kept.values()),y
+
+@pytest.mark.parametrize('grid,window,block', [((512,),100,32), ((32,32),7,8), ((20,19),(2,3),(4,8))])
+def test_halos_are_not_kept(monkeypatch, grid, window, block):
+    "Blocks keep no more than PyTorch's attention with a mask; gradients are the dense ones"
+    q,k,v = (torch.randn(2, 2, *grid, 8, requires_grad=True) for _ in range(3))
+    mine,y = kept_bytes(monkeypatch, lambda: local_attention(q, k, v, window, block=block))
+    mask = torch.zeros(prod(grid), prod(grid))
+    theirs,_ = kept_bytes(monkeypatch, lambda: F.scaled_dot_product_attention(*(o.flatten(2, -2) for o in (q,k,v)), mask))
+    assert mine<=theirs
+    g = torch.randn_like(y)
+    for a,b in zip(torch.autograd.grad(y, (q,k,v), g), torch.autograd.grad(local_attention(q, k, v, window, block='dense'), (q,k,v), g)):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+def test_changed_in_place():
+    "Refused in the backward pass, as PyTorch does for what it keeps itself"
+    q,k,v = (torch.randn(1, 1, 64, 4, requires_grad=True) for _ in range(3))
+    keys = k*1
+    y = local_attention(q, keys, v, 3, block=8)
+    keys.mul_(2)
+    with pytest.raises(RuntimeError, match='changed in place'): y.sum().backward()
+
+@pytest.mark.parametrize('grid,reach', [((1,),(0,)), ((7,),(2,)), ((3,5),(1,2)), ((4,1),(3,0)), ((2,3,4),(1,0,2))])
+@pytest.mark.parametrize('causal', [False,True])
+def test_pairs(grid, reach, causal):
+    "Pairs of positions, one by one"
+    at = list(itertools.product(*map(range, grid)))
+    def sees(i, j): return all(abs(a-b)<=r for a,b,r in zip(at[i], at[j], reach)) and (j<=i or not causal)
+    want = torch.tensor([[sees(i, j) for j in range(len(at))] for i in range(len(at))])
+    assert Window(grid, reach, causal).pairs('cpu').equal(want)
 
 @pytest.mark.parametrize('change,message', [(dict(k=(2,3,4,5,6)), 'q, k and v must be'), (dict(window=(1,)), 'window must be'), (dict(window=-1), 'window must be'), (dict(window=True), 'window must be'), (dict(window=1.5), 'window must be'), (dict(window=[(1,1)]*2), 'each of the 3, got 2'),
     (dict(log_weight=(2,3,3)), 'log_weight must be'), (dict(q=(2,3,0,5,4), k=(2,3,0,5,4), v=(2,3,0,5,4)), 'at least one position'), (dict(combine='times'), "combine must be"),

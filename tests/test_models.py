@@ -186,3 +186,24 @@ def test_projection_classifier():
         with pytest.raises(ValueError, match=next(iter(bad))): ProjectionClassifier(**{**dict(size_input=(4,4), n_out=2), **bad})
     for shape in ((2,3,4,4), (4,4), (2,1,4,5)):
         with pytest.raises(ValueError, match='got shape'): ProjectionClassifier((4,4), 2)(torch.zeros(shape))
+
+def _built():
+    from fastattn.layers.dropconnect import DropConnect,DropConnectConv2d,DropConnectLSTM
+    from fastattn.layers.position import GaussianSpan
+    from fastattn.models.nonlinear import NonLinearTransformer
+    from fastattn.models.positional import PositionalTransformer
+    return dict(ssa=lambda: SimpleSelfAttention(8), ssa_sym=lambda: SimpleSelfAttention(8, ks=3, sym=True), projection=lambda: ProjectionClassifier((6,5), 3, 4),
+        dropconnect=lambda: nn.Sequential(DropConnect(4, 3), DropConnectConv2d(2, 2, 1), DropConnectLSTM(3, 4)), leaning=lambda: GaussianSpan(2, full=True, heads=2),
+        siren=lambda: PositionalTransformer(1, 2, dim=8, depth=2, heads=2, ff=8), sinusoid=lambda: PositionalTransformer(1, 2, dim=8, depth=1, heads=2, ff=8, encoding='sinusoid'),
+        nonlinear=lambda: NonLinearTransformer(5, 8, 3, 2, 1, n_labels=2))
+
+@pytest.mark.parametrize('name', list(_built()))
+def test_start_from_meta(name):
+    "Made without memory, then given some: `reset_parameters` of the parts fills all there is"
+    with torch.device('meta'): m = _built()[name]()
+    m.to_empty(device='cpu')
+    with torch.no_grad():
+        for o in (*m.parameters(),*m.buffers()): o.fill_(float('nan'))
+    for o in m.modules():
+        if hasattr(o, 'reset_parameters'): o.reset_parameters()
+    assert [k for k,v in m.state_dict().items() if not v.isfinite().all()]==[]

@@ -5,6 +5,7 @@ import pytest
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.mixup import MixUp
 from fastai.callback.channelslast import ChannelsLast
+from fastattn.recipes.answer import group_runs
 from fastattn.callback import Autocast,ProgressiveResize
 from fastattn.recipes import train as mod
 from fastattn.recipes.options import *
@@ -14,9 +15,9 @@ from fastattn.recipes.train import *
 small = dict(positional=dict(size=6), nonlinear=dict(size=8), dropconnect=dict(size=6), projection=dict(size=8), xresnet18=dict(size=8))
 # another value than the default for every option of every kind of model
 other = dict(attn='sa', stages='2', blocks='first', act='GELU', pool='MaxPool', size_projection=5, p=0.3, drop='dropout', inference='gaussian', hidden='20,30',
-    ndim=1, dim=32, depth=1, heads=2, token='mean', encoding='sinusoid', span='none', sigma=0.2, threshold=0.05, combine='multiply', modulate='positional', causal=True, penalty=0.5, per_head=True, at='block',
+    ndim=1, dim=32, depth=1, heads=2, token='mean', encoding='sinusoid', span='none', sigma=0.2, threshold=0.05, combine='multiply', modulate='positional', causal=True, penalty=0.5, per_head=True, at='block', scale=True, gain_lr=3., widen=0.5,
     window_size='1', iterations=1, global_every=2, size=9, epochs=7, lr=3e-2, bs=16, sched='flat', wd=0.5, opt='sgd', mom=0.5, sqr_mom=0.8, eps=1e-3, beta=5., smooth=0.3, mixup=0.4,
-    presize=True, aug='flip', progressive=0.5, precision='bf16', channels_last=True, compile=True)
+    presize=True, aug='flip', few=3, progressive=0.5, precision='bf16', channels_last=True, compile=True)
 models = ['xresnet18','projection','dropconnect','positional','nonlinear']
 
 def test_every_option_has_another_value():
@@ -69,7 +70,7 @@ def test_training_options(monkeypatch):
     def learner(**kwargs): return build_learner(config_of('xresnet18', **kwargs), 0, 0)
     def has(learn, cls): return [o for o in learn.cbs if isinstance(o, cls)]
     assert learner(bs=16).dls.bs==16 and learner(lr=3e-2).lr==3e-2 and learner(wd=0.5).wd==0.5 and learner(smooth=0.3).loss_func.eps==0.3
-    assert learner(size=9).dls.one_batch()[0].shape[-1]==9
+    assert learner(size=9).dls.one_batch()[0].shape[-1]==9 and len(learner(few=3, bs=10).dls.train_ds)==30
     for opt,params in (('sgd',dict(mom=0.5)), ('adam',dict(mom=0.5, sqr_mom=0.8, eps=1e-3)), ('ranger',dict(mom=0.5, sqr_mom=0.8, eps=1e-3, beta=5.)), ('rmsprop',dict(mom=0.5, sqr_mom=0.8, eps=1e-3))):
         f = learner(opt=opt, **params).opt_func
         assert f.func is opt_funcs[opt][0] and f.keywords==params
@@ -162,3 +163,13 @@ def test_folders_of_one_name(tmp_path):
     assert paths=={str((tmp_path/'a'/'ims').resolve())}
     groups = {group_path('runs', variants(str(tmp_path/o/'ims'))[0]) for o in 'ab'}
     assert len(groups)==2 and all(o.name.startswith('ims-') for o in groups)
+
+def test_few_images_are_another_group(tmp_path):
+    "Runs on a part of the images are compared with each other only, and older runs stay where they are"
+    few,whole = variants(attn='none', few=5)[0],variants(attn='none')[0]
+    assert group_path('runs', few).name=='digits-few5-32-5' and group_path('runs', whole).name=='digits-32-5' and 'few' not in whole
+    assert list(group_runs([dict(variant=str(i), config=c) for i,c in enumerate((few,whole))]))==['digits-32-5','digits-few5-32-5']
+
+def test_scale_needs_simple_self_attention():
+    with pytest.raises(ValueError, match="unknown attention with scale 'sa'"): build_learner(variants(attn='sa', scale=True, size=8)[0], 0, 0)
+    assert 'scale=True' in repr(build_learner(variants(attn='ssa_sym', scale=True, size=8, widen=0.25)[0], 0, 0).model)

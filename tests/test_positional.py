@@ -1,5 +1,6 @@
 "Encodings, spans, the layer and the model: formulas, extremes, options, and what must survive in use"
 import copy,math,pickle
+import fastai.callback.schedule # fine_tune
 import pytest,torch
 from hypothesis import given,settings,strategies as st
 from torch import nn
@@ -207,9 +208,35 @@ def test_siren_on_meta():
     m.to_empty(device='cpu').encoding.reset_parameters()
     assert m.encoding.w0.tolist()==[10.,10.]
 
+def test_constant_frequencies_stay():
+    "A constant is no parameter, which fine_tune would train; state dicts have the keys they had"
+    few = [(torch.randn(1, 4, 4),i%2) for i in range(8)]
+    dls = DataLoaders.from_dsets(few, few, bs=4, num_workers=0)
+    learn = positional_learner(dls, dim=8, depth=1, heads=2, n_out=2, loss_func=nn.CrossEntropyLoss())
+    with learn.no_bar(),learn.no_logging(): learn.fine_tune(1, 0.1)
+    m = learn.model.blocks[0].attn.encoding
+    assert m.w0.tolist()==[10.,10.] and 'w0' in m.state_dict() and 'w0' not in dict(m.named_parameters())
+    learned = SirenEncoding(2, 8, w0=7., learn_w0=True)
+    fixed = SirenEncoding(2, 8)
+    fixed.load_state_dict(learned.state_dict())
+    assert fixed.w0.tolist()==[7.,7.]
+
+@pytest.mark.parametrize('full', [False,True])
+def test_constant_span_stays(full):
+    few = [(torch.randn(1, 4, 4),i%2) for i in range(8)]
+    dls = DataLoaders.from_dsets(few, few, bs=4, num_workers=0)
+    span = GaussianSpan(2, 0.2, full=full, learn=False)
+    learn = positional_learner(dls, dim=8, depth=1, heads=2, n_out=2, loss_func=nn.CrossEntropyLoss(), span=span)
+    with learn.no_bar(),learn.no_logging(): learn.fine_tune(1, 0.1)
+    m = learn.model.blocks[0].attn.span
+    assert torch.equal(m.log_sigma, span.log_sigma) and not list(m.parameters()) and m.state_dict().keys()==GaussianSpan(2, full=full).state_dict().keys()
+    fixed = GaussianSpan(2, full=full, learn=False)
+    fixed.load_state_dict(GaussianSpan(2, 0.1, full=full).state_dict())
+    assert torch.equal(fixed.radius, GaussianSpan(2, 0.1, full=full).radius)
+
 def test_nothing_decays():
     m = PositionalSelfAttention(8, 2)
-    assert {n for n in m.span.no_weight_decay()}=={'log_sigma'} and len(m.encoding.no_weight_decay())==7
+    assert {n for n in m.span.no_weight_decay()}=={'log_sigma'} and len(m.encoding.no_weight_decay())==6 and 'w0' in PositionalSelfAttention(8, 2, encoding=SirenEncoding(2, 8, learn_w0=True)).encoding.no_weight_decay()
 
 @pytest.mark.parametrize('f,message', [(lambda: PositionalSelfAttention(9, 2), 'heads must divide'), (lambda: PositionalSelfAttention(8, 0), 'heads must be at least 1'),
     (lambda: PositionalSelfAttention(8, 2, combine='plus'), 'unknown combine'), (lambda: PositionalSelfAttention(8, 2, modulate='none'), 'unknown modulate'),
@@ -262,6 +289,15 @@ def test_update_windows_once():
     with learn.no_bar(),learn.no_logging(): learn.fit(2, 1e-1)
     train,valid = ([o for t,o in learn.watch.seen if t==kind] for kind in (True,False))
     assert len(set(train))==len(train)==6 and len(set(valid))==2 and valid[0]==train[2] and valid[-1]==train[-1]
+
+def test_windows_are_read_once(monkeypatch):
+    "However many layers there are, one reading for each update"
+    net,read = PositionalTransformer(1, 2, dim=8, depth=3, heads=2, span=GaussianSpan(2, heads=2)),[]
+    tolist = torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, 'tolist', lambda o: read.append(o.shape) or tolist(o))
+    update_windows(net)
+    net(torch.randn(2, 1, 6, 6)).sum().backward()
+    assert read==[(3*2*2,)]
 
 def test_span_on_meta():
     "Forward passes on the meta device, and from there to weights"

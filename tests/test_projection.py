@@ -97,3 +97,26 @@ def test_one_graph_for_all_batches():
     f = torch.compile(l, backend=counter, fullgraph=True)
     for b in range(2, 14): f(torch.randn(b, 6, 5))[0].sum().backward()
     assert counter.frame_count<=2
+
+def sized(size, n=8):
+    "`DataLoaders` of random images"
+    from fastai.basics import DataLoaders
+    items = [(torch.randn(1, size, size),i%3) for i in range(n)]
+    return DataLoaders.from_dsets(items, items, bs=4, num_workers=0)
+
+@pytest.mark.parametrize('kind', ['projection','dropconnect'])
+def test_images_of_another_size_in_training(kind):
+    "Refused in words that say what to do; and that is what works"
+    from fastai.losses import CrossEntropyLossFlat
+    from fastattn.learner import dropconnect_learner,projection_learner
+    args = dict(n_out=3, loss_func=CrossEntropyLossFlat())
+    learn = projection_learner(sized(6), 4, **args) if kind=='projection' else dropconnect_learner(sized(6), (5,), **args)
+    advice = r'put nn.AdaptiveAvgPool2d\(\(6, 6\)\) in front' if kind=='projection' else 'put nn.AdaptiveAvgPool2d in front of nn.Flatten'
+    with learn.no_bar(),learn.no_logging():
+        learn.fit(1)
+        learn.dls = sized(9)
+        with pytest.raises(ValueError, match=f'to train on images of several sizes, {advice}'): learn.fit(1)
+        learn.model = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d((6,6)), learn.model)
+        for size in (6,9,12):
+            learn.dls = sized(size)
+            learn.fit(1)

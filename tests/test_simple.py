@@ -57,7 +57,7 @@ def test_every_order(c, n):
     for a,b in zip(*hs): torch.testing.assert_close(a, b)
 
 def test_orders_are_taken():
-    assert [cheapest_order(*o) for o in [(64,1024), (256,256), (256,225), (512,16)]]==['channel','conv','conv','position']
+    assert [cheapest_order(*o) for o in [(64,1024), (256,256), (256,225), (512,16)]]==['channel','channel','conv','position']
     assert 'channel' not in multiply_adds(8, 8, ks=3)
 
 @pytest.mark.parametrize('c,n', [(64,256), (64,8)])
@@ -219,6 +219,17 @@ def test_export(n):
     x = torch.randn(5, 16, n, n)
     torch.testing.assert_close(ep.module()(x), l(x))
 
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('kwargs', [{}, dict(ks=3, scale=True), dict(sym=True)])
+@pytest.mark.parametrize('n', [8,2])
+def test_jit_trace(n, kwargs):
+    "What was traced at one size is right at others"
+    l = layer(16, **kwargs).eval()
+    traced = torch.jit.trace(l, torch.randn(2, 16, n, n))
+    for shape in ((3,16,n,n), (1,16,5,3), (4,16,2,9)):
+        x = torch.randn(shape)
+        torch.testing.assert_close(traced(x), l(x), rtol=1e-4, atol=1e-5)
+
 @pytest.mark.parametrize('n', [8,2])
 def test_onnx(n, tmp_path):
     ort = pytest.importorskip('onnxruntime')
@@ -312,6 +323,67 @@ def test_checkpointing(reentrant, sym, size):
         checkpoint(b, x, use_reentrant=reentrant).square().mean().backward()
     for p,q in zip(a.parameters(), b.parameters()): assert torch.equal(p.grad, q.grad)
     for p,q in zip(a.buffers(), b.buffers()): assert torch.equal(p, q)
+
+@pytest.mark.parametrize('where', ['inside','around'])
+@pytest.mark.parametrize('sym', [False,True])
+@pytest.mark.parametrize('size', [2,3,16])
+def test_checkpointing_compiled(where, sym, size):
+    "The same where the checkpoint is compiled too, and where it is around compiled code"
+    from torch.utils.checkpoint import checkpoint
+    torch._dynamo.reset()
+    a = layer(8, sym=sym)
+    b,x = copy.deepcopy(a),torch.randn(2, 8, size, size, requires_grad=True)
+    def checkpointed(f): return lambda x: checkpoint(f, x, use_reentrant=False)
+    def compiled(f): return torch.compile(f, backend='aot_eager', fullgraph=True)
+    f = compiled(checkpointed(b)) if where=='inside' else checkpointed(compiled(b))
+    for _ in range(3):
+        for o in (a, f): o(x).square().mean().backward()
+    for p,q in zip(a.parameters(), b.parameters()): torch.testing.assert_close(q.grad, p.grad, rtol=1e-5, atol=1e-6)
+    for p,q in zip(a.buffers(), b.buffers()): torch.testing.assert_close(q, p, rtol=1e-6, atol=1e-6)
+
+def with_buffers(l, x, params=None):
+    "What `torch.func` asks for in training: buffers that are handed over, for they change"
+    buffers = {k: v.clone() for k,v in l.named_buffers()}
+    return torch.func.functional_call(l, (params or dict(l.named_parameters()),buffers), (x,))
+
+@pytest.mark.parametrize('by_hand', [True,False])
+@pytest.mark.parametrize('training', [True,False])
+@pytest.mark.parametrize('shape', [(2,4,3,3), (2,4,2), (2,6,2,3), (1,1,1)])
+def test_forward_mode(shape, training, by_hand, monkeypatch):
+    "`jvp` by the input and by the parameters against backward mode"
+    if by_hand: monkeypatch.setattr('fastattn.layers.simple._worthwhile', 0)
+    torch.manual_seed(0)
+    l = layer(shape[1]).double().train(training)
+    x,dx,g = torch.randn(3, *shape).double()
+    params = {k: v.detach() for k,v in l.named_parameters()}
+    for o,do in ((x,dx), (x.mT.contiguous().mT,dx.mT.contiguous().mT)):
+        dparams = {k: torch.randn_like(v) for k,v in params.items()}
+        for f,primal,tangent in ((lambda x: with_buffers(l, x),o,do), (lambda p: with_buffers(l, o, p),params,dparams)):
+            y,dy = torch.func.jvp(f, (primal,), (tangent,))
+            want,pull = torch.func.vjp(f, primal)
+            back, = pull(g)
+            torch.testing.assert_close(y, want)
+            pairs = [(back,tangent)] if primal is o else [(back[k],tangent[k]) for k in params]
+            torch.testing.assert_close((dy*g).sum(), sum((a*b).sum() for a,b in pairs))
+
+@pytest.mark.parametrize('channels_last', [True,False])
+def test_forward_over_backward(channels_last, monkeypatch):
+    "Hessians: forward mode over the hand-written backward, and backward over backward"
+    monkeypatch.setattr('fastattn.layers.simple._worthwhile', 0)
+    x = torch.randn(1, 3, 5).double()
+    if channels_last: x = x.mT.contiguous().mT
+    l = layer(3).double()
+    def loss(x): return with_buffers(l, x).pow(3).sum()
+    torch.testing.assert_close(torch.func.hessian(loss)(x), torch.autograd.functional.hessian(loss, x))
+
+def test_captured_buffers_are_refused_by_torch_func():
+    "In training the buffers change: PyTorch asks for them as arguments, as for batch norm"
+    l,x = layer(4),torch.randn(2, 4, 3)
+    for f in (lambda: torch.func.jvp(l, (x,), (x,)), lambda: torch.func.grad(lambda x: l(x).sum())(x)):
+        with pytest.raises(RuntimeError, match='mutate a captured Tensor'): f()
+        l.eval()
+        f()
+        l.train()
 
 @pytest.mark.parametrize('shape', [(2,8,2,2), (2,8,3,3), (2,32,64,64)])
 @pytest.mark.parametrize('training', [True,False])

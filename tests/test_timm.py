@@ -424,7 +424,7 @@ def test_map_of_positional():
     m = attention_map(layer, x, (2,3))
     assert (m>0).nonzero().tolist()==[[i,j] for i in (1,2,3) for j in range(1,6)]
     torch.testing.assert_close(m.sum(), torch.tensor(1.))
-    with pytest.raises(ValueError, match='there are maps of'): attention_map(nn.Linear(2, 2), x, (0,0))
+    with pytest.raises(ValueError, match='Identity has no map. There are maps of'): attention_map(nn.Identity(), x, (0,0))
 
 @pytest.mark.parametrize('attn', ['ssa','positional'])
 def test_show_attention(attn):

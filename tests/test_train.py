@@ -254,3 +254,9 @@ def test_positional(tmp_path):
     quick(tmp_path, arch='positional', dim=8, depth=1, heads=2, size=6, ndim=1, encoding='sinusoid', causal=True, combine='multiply')
     for kwargs,message in ((dict(heads=3), 'heads must divide'), (dict(encoding='sines'), 'unknown encoding'), (dict(span='box'), 'unknown span'), (dict(sigma=0.), 'sigma must be'), (dict(token='first'), 'unknown token')):
         with pytest.raises(ValueError, match=message): quick(tmp_path, arch='positional', dim=8, depth=1, size=6, **kwargs)
+
+def test_nothing_before_the_answer():
+    "No library's warning opens a command"
+    env = {k: v for k,v in os.environ.items() if k!='PYTHONWARNINGS'}
+    p = subprocess.run([sys.executable, '-c', command('train'), '--help'], env=env, capture_output=True, text=True)
+    assert p.returncode==0 and p.stderr=='' and p.stdout.startswith('usage: fastattn-train')

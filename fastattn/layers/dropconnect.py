@@ -13,7 +13,7 @@ from torch import Tensor,nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from typing import Optional
-from ..core import check_least,check_name
+from ..core import check_flags,check_least,check_name,is_number
 from .tensor import autocast_dtype,no_autocast,plain
 
 # %% ../../nbs/layers/02_dropconnect.ipynb #edec3f42
@@ -94,7 +94,7 @@ _masked_product.register_autograd(_backward, setup_context=_save)
 
 # %% ../../nbs/layers/02_dropconnect.ipynb #b0b488e9
 def _check_p(p):
-    if not 0<=p<1: raise ValueError(f"p is the probability of dropping, from 0 to less than 1; got {p}")
+    if not (is_number(p) and 0<=p<1): raise ValueError(f"p is the probability of dropping, from 0 to less than 1; got {p!r}")
 
 _few = 2**18 # elements of a mask that is simply held
 
@@ -116,7 +116,11 @@ def dropconnect(
     _check_p(p)
     x = plain(x)
     if not x.is_floating_point(): raise TypeError(f"DropConnect takes floating point input, got {x.dtype}")
-    if not x.dim() or x.shape[-1]!=weight.shape[1]: raise ValueError(f"the last axis of the input must be in_features={weight.shape[1]}, got shape {tuple(x.shape)}")
+    if weight.dim()!=2 or (bias is not None and bias.shape!=weight.shape[:1]):
+        raise ValueError(f"weight must be (O, I) and bias (O,), got shapes {tuple(weight.shape)} and {None if bias is None else tuple(bias.shape)}")
+    if not x.dim() or x.shape[-1]!=weight.shape[1]:
+        raise ValueError(f"the last axis of the input must be in_features={weight.shape[1]}, got shape {tuple(x.shape)}; "
+            "to train on images of several sizes, put nn.AdaptiveAvgPool2d in front of nn.Flatten")
     if _ones(p)==2**_digits: return F.linear(x, weight, bias)
     dtype = autocast_dtype(x.device.type)
     if dtype and x.dtype!=torch.float64: x,weight = x.to(dtype),weight.to(dtype)
@@ -126,7 +130,7 @@ def dropconnect(
         seed = torch.randint(2**63-1, (), device='cpu')
         y = _masked_product(rows, weight, None, seed, p)*(2**_digits/_ones(p))
     if bias is not None: y = y+bias.to(y.dtype)
-    return y.view(*x.shape[:-1], weight.shape[0])
+    return y if x.dim()==2 else y.view(*x.shape[:-1], weight.shape[0])
 
 # %% ../../nbs/layers/02_dropconnect.ipynb #da894131
 def _called(m, args): "A hook that does nothing: where there is one, `nn.TransformerEncoderLayer` calls its layers, instead of reading their weights"
@@ -202,6 +206,7 @@ class _DropsInConv(_Drops):
         x,ndim = plain(x),self.weight.dim()-2
         if x.dim() not in (ndim+1,ndim+2) or x.shape[-ndim-1]!=self.in_channels:
             raise ValueError(f"the input must be (batch, {self.in_channels}, *grid) with a grid of {ndim} dimensions, got shape {tuple(x.shape)}")
+        if not x.is_floating_point(): raise TypeError(f"DropConnect takes floating point input, got {x.dtype}")
         if not self.dropping or not len(x): return super().forward(x)
         if x.dim()==ndim+1: return self(x[None])[0]
         conv = (F.conv1d,F.conv2d,F.conv3d)[ndim-1]

@@ -7,7 +7,7 @@ __all__ = ['Local2DAttention', 'NonLinearBlock']
 
 # %% ../../nbs/layers/06_local2d.ipynb #dd837aa8
 from torch import nn
-from ..core import per_dim
+from ..core import check_flags,per_dim
 from .position import GaussianSpan
 from .positional import PositionalSelfAttention
 
@@ -20,6 +20,7 @@ class Local2DAttention(PositionalSelfAttention):
         heads:int=8, # Number of heads; divides `dim`
         rotary:bool=True # Rotate queries and keys by row and column?
     ):
+        check_flags(rotary=rotary)
         if not (window_size is None or isinstance(window_size, (str,GaussianSpan))): window_size = per_dim(window_size, 2, 'window_size')
         super().__init__(dim, heads, 2, 'rotary' if rotary else None, window_size)
 

@@ -10,7 +10,7 @@ import math,torch
 from contextlib import nullcontext
 from operator import index
 from torch import nn
-from ..core import check_least,per_dim
+from ..core import check_flags,check_least,is_number,per_dim
 
 # %% ../../nbs/layers/04_position.ipynb #ad0770e9
 def window_steps(
@@ -27,6 +27,8 @@ def relative(
     grid # Size of the grid in each dimension
 )->torch.Tensor: # The same shape
     "Offsets as a share of the largest that the grid has: from -1 to 1"
+    if torch.compiler.is_exporting(): # sizes may be symbols
+        return torch.stack([o/torch.sym_max(1, s-1) for o,s in zip(steps.unbind(-1), grid)], -1)
     return steps/torch.tensor([max(1, s-1) for s in grid], device=steps.device, dtype=steps.dtype)
 
 def _at_least_float32(dtype): return torch.promote_types(dtype, torch.float32)
@@ -53,13 +55,15 @@ class SirenEncoding(nn.Module):
         super().__init__()
         check_least(1, ndim=ndim, n_out=n_out, hidden=hidden, depth=depth)
         for name,w in (('w0',w0), ('w0_first',w0_first)):
-            if w is not None and not (math.isfinite(w) and w): raise ValueError(f"{name} must be a finite frequency other than 0, got {w!r}")
+            if not (is_number(w) and w) and (w is not None or name=='w0'): raise ValueError(f"{name} must be a finite frequency other than 0, got {w!r}")
         self.ndim,self.normalized = ndim,normalized
         sizes = [ndim,*[hidden]*(depth-1),n_out]
         self.layers = nn.ModuleList(nn.Linear(i, o) for i,o in zip(sizes, sizes[1:]))
         self.act = act_cls() if act_cls else None
         self.start = [float(w0 if w0_first is None else w0_first),*[float(w0)]*(depth-2)][:depth-1]
-        self.w0 = nn.Parameter(torch.tensor(self.start), requires_grad=learn_w0)
+        frequencies = torch.tensor(self.start)
+        if learn_w0: self.w0 = nn.Parameter(frequencies)
+        else: self.register_buffer('w0', frequencies) # a parameter would be trained once a Learner unfreezes it
         self.reset_parameters()
 
     def reset_parameters(self):
@@ -113,7 +117,7 @@ class SinusoidEncoding(nn.Module):
             return self.linear(torch.cat((angles.sin(), angles.cos()), -1).to(weight.dtype))
 
 def _check_base(base):
-    if not (math.isfinite(base) and base>1): raise ValueError(f"base must be a finite number above 1, got {base!r}")
+    if not (is_number(base) and base>1): raise ValueError(f"base must be a finite number above 1, got {base!r}")
 
 def _frequencies(n, base, like):
     "n frequencies from 1 towards 1/`base`, in the dtype and on the device of `like`"
@@ -131,7 +135,7 @@ def rotary(
     if not d or x.shape[-1]%(2*d):
         raise ValueError(f"rotary takes (batch, heads, *grid, channels), the channels of a head a multiple of {2*max(1, d)}, "
             f"twice the number of dimensions; got shape {tuple(x.shape)}")
-    if not x.is_floating_point(): raise ValueError(f"rotary takes floating point, got {x.dtype}")
+    if not x.is_floating_point(): raise ValueError(f"rotary takes floating point input, got {x.dtype}")
     _check_base(base)
     n = x.shape[-1]//(2*d) # pairs of channels of a dimension
     freqs = _frequencies(n, base, torch.empty(0, device=x.device, dtype=_at_least_float32(x.dtype)))
@@ -159,11 +163,15 @@ class GaussianSpan(nn.Module):
     ):
         super().__init__()
         check_least(1, ndim=ndim, heads=heads)
-        if not (sigma>0 and math.isfinite(sigma)): raise ValueError(f"sigma must be positive and finite, got {sigma}")
-        if not 0<=threshold<1: raise ValueError(f"threshold must be in [0, 1), got {threshold}")
+        check_flags(full=full, learn=learn)
+        if not (is_number(sigma) and sigma>0): raise ValueError(f"sigma must be positive and finite, got {sigma!r}")
+        if not (is_number(threshold) and 0<=threshold<1): raise ValueError(f"threshold must be in [0, 1), got {threshold!r}")
         self.ndim,self.threshold,self.full,self.start = ndim,threshold,full,sigma
-        self.log_sigma = nn.Parameter(torch.empty(heads, ndim), requires_grad=learn)
-        if full: self.lean_sigma = nn.Parameter(torch.empty(heads, ndim*(ndim-1)//2), requires_grad=learn)
+        def add(name, size): # a parameter would be trained once a Learner unfreezes it
+            if learn: self.register_parameter(name, nn.Parameter(torch.empty(heads, size)))
+            else: self.register_buffer(name, torch.empty(heads, size))
+        add('log_sigma', ndim)
+        if full: add('lean_sigma', ndim*(ndim-1)//2)
         self.register_buffer('radius', torch.empty(heads, ndim))
         self.reset_parameters()
 
@@ -185,6 +193,11 @@ class GaussianSpan(nn.Module):
         "Numbers, not tensors, are what windows are made of: so no step waits for a device, and compiled graphs guard them"
         self._numbers = [tuple(o) for o in numbers]
         with torch.no_grad(): self.radius.copy_(torch.tensor(numbers, dtype=torch.float64))
+
+    @property
+    def radii(self):
+        "How far the window of each head reaches in each dimension, a share of the grid: numbers (heads, ndim)"
+        return self._numbers
 
     @property
     def reach(self):

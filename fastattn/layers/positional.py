@@ -10,8 +10,8 @@ import torch
 from math import prod
 from operator import index
 from torch import nn
-from ..core import check_least,check_name,per_dim
-from .local import local_attention
+from ..core import check_flags,check_least,check_name,per_dim
+from .local import local_attention,on_any_grid
 from .position import GaussianSpan,SinusoidEncoding,SirenEncoding,rotary,window_steps
 
 # %% ../../nbs/layers/05_positional.ipynb #c16df564
@@ -41,6 +41,12 @@ def _make_span(span, ndim, heads):
     if span.ndim==ndim and len(span.log_sigma) in (1,heads): return span
     raise ValueError(f"the span must be of ndim={ndim} and of {heads} heads or 1, got {span}")
 
+def _is_symbolic(grid): return torch.compiler.is_exporting() and any(isinstance(s, torch.SymInt) for s in grid)
+
+def _lies_in(at, reach, size):
+    "Is `at` at most `reach`, a share of the grid, rounded up to whole steps?"
+    return (reach>=1) | (at-1<reach*(size-1))
+
 class PositionalSelfAttention(nn.Module):
     """Multi-head self-attention on grids with encoded relative positions and a learned span, by the thesis of M. Alfons, section 3.
     Raises `ValueError` for heads that do not divide `dim`, unknown options, options that do not fit each other, and inputs that do not fit"""
@@ -56,6 +62,7 @@ class PositionalSelfAttention(nn.Module):
     ):
         super().__init__()
         check_least(1, dim=dim, heads=heads, ndim=ndim)
+        check_flags(causal=causal)
         if dim%heads: raise ValueError(f"heads must divide dim, got dim={dim} and heads={heads}")
         check_name(combine, ['add','multiply'], 'combine')
         check_name(modulate, ['weights','all','positional'], 'modulate')
@@ -103,15 +110,33 @@ class PositionalSelfAttention(nn.Module):
     def attend(self, x, values=None):
         "What each position of `x` (B, *grid, dim) takes of its values, (B, heads, *grid, dim/heads), or of others that are given"
         self._check(x)
-        grid = tuple([index(o) for o in x.shape[1:-1]])
         q,k,v = self.qkv(x).unflatten(-1, (3,self.heads,-1)).movedim((-3,-2), (0,2)) # each (B, heads, *grid, d)
-        windows = self.windows(grid)
-        tables = self._tables(window_steps(self.window(grid), x.device), grid)
         def biased(b): return q+b.view(self.heads, *[1]*self.ndim, -1)
         q_pos,q = None if self.v is None else biased(self.v),biased(self.u)
         if self.rotate: q,k = rotary(q),rotary(k)
+        if _is_symbolic(x.shape[1:-1]): return self._attend_anywhere(q, k, v if values is None else values, q_pos)
+        grid = tuple([index(o) for o in x.shape[1:-1]])
+        windows = self.windows(grid)
+        tables = self._tables(window_steps(self.window(grid), x.device), grid)
         window = windows if len(windows)==self.heads else windows[0]
         return local_attention(q, k, v if values is None else values, window, q_pos=q_pos, combine=self.combine, causal=self.causal, **tables)
+
+    def _attend_anywhere(self, q, k, v, q_pos):
+        "The same in an exported program whose grid may have any size: tables over all offsets, and what the windows hold of them"
+        grid = q.shape[2:-1]
+        steps = torch.stack(torch.meshgrid(*[torch.arange(1-s, s, device=q.device, dtype=torch.float32) for s in grid], indexing='ij'), -1)
+        return on_any_grid(q, k, v, self._held(steps, grid), q_pos=q_pos, combine=self.combine, causal=self.causal, **self._tables(steps, grid))
+
+    def _held(self, steps, grid):
+        "Which of `steps` (*offsets, ndim) the window of each head holds, (heads or 1, *offsets)"
+        held = torch.ones(1, *steps.shape[:-1], dtype=torch.bool, device=steps.device)
+        for i,s in enumerate(grid):
+            at = steps[...,i].abs()[None]
+            if isinstance(self.span, GaussianSpan):
+                reach = torch.tensor([o[i] for o in self.span.radii], dtype=torch.float64, device=at.device).view(-1, *[1]*self.ndim)
+                held = held & _lies_in(at.double(), reach, s)
+            elif self.span: held = held & (at<=self.span[i])
+        return held
 
     def forward(self, x):
         "`x` (B, *grid, dim) -> the same shape"

@@ -7,10 +7,8 @@ __all__ = ['SelfProjection']
 
 # %% ../../nbs/layers/01_projection.ipynb #e85ba9d1
 import torch
-from math import inf
-from numbers import Real
 from torch import nn
-from ..core import check_least
+from ..core import check_least,is_number
 from .tensor import no_autocast,plain
 
 # %% ../../nbs/layers/01_projection.ipynb #e6085133
@@ -32,7 +30,7 @@ class SelfProjection(nn.Module):
         if not isinstance(size_input, (tuple,list)) or len(size_input)!=2: raise ValueError(f"size_input must be two positive sizes, (rows, columns), got {size_input!r}")
         check_least(1, **{'rows of size_input': size_input[0], 'columns of size_input': size_input[1]})
         check_least(2, size_projection=size_projection)
-        if not isinstance(eps, Real) or not 0<=eps<inf: raise ValueError(f"eps must be a number, at least 0 and finite, got {eps!r}")
+        if not is_number(eps) or eps<0: raise ValueError(f"eps must be a number, at least 0 and finite, got {eps!r}")
         self.size_input,self.size_projection,self.eps = tuple(size_input),size_projection,eps
         (i,j),s,kw = self.size_input,size_projection,dict(device=device, dtype=dtype)
         for name,rows in dict(original_xj_y=j, original_xi_y=i, permuted_xj_y=i, permuted_xi_y=j).items():
@@ -61,7 +59,8 @@ class SelfProjection(nn.Module):
     def forward(self, x):
         "`x` (*, I, J) -> projected and relations, both (*, S, S)"
         if tuple(x.shape[-2:])!=self.size_input:
-            raise ValueError(f"the last two axes of the input must be size_input={self.size_input}, got shape {tuple(x.shape)}")
+            raise ValueError(f"the last two axes of the input must be size_input={self.size_input}, got shape {tuple(x.shape)}; "
+                f"to train on images of several sizes, put nn.AdaptiveAvgPool2d({self.size_input}) in front")
         if not x.is_floating_point(): raise TypeError(f"SelfProjection takes floating point input, got {x.dtype}")
         with no_autocast(x.device.type):
             A,B,a,b = self.project(plain(x).to(torch.promote_types(x.dtype, self.gamma.dtype)))

@@ -7,10 +7,9 @@ __all__ = ['multiply_adds', 'cheapest_order', 'simple_attention', 'power_iterati
 
 # %% ../../nbs/layers/00_simple.ipynb #32c429af
 import torch
-from numbers import Integral
 from torch import nn
 import torch.nn.functional as F
-from ..core import check_least
+from ..core import check_flags,check_least,is_whole
 from .tensor import autocast_dtype,no_autocast,plain
 
 # %% ../../nbs/layers/00_simple.ipynb #9c69385d
@@ -26,16 +25,20 @@ def multiply_adds(
 
 # %% ../../nbs/layers/00_simple.ipynb #4ca2505e
 def _check_ks(ks):
-    if not isinstance(ks, Integral) or ks<1 or ks%2==0: raise ValueError(f"ks must be odd and positive, so that the positions stay what they are; got {ks!r}")
+    if not is_whole(ks) or ks<1 or ks%2==0: raise ValueError(f"ks must be odd and positive, so that the positions stay what they are; got {ks!r}")
 
 def cheapest_order(
     c:int, # Channels, C
     n:int, # Positions, N
     ks:int=1 # Kernel size of the convolution with W; odd
 )->str: # 'conv', 'channel' or 'position'
-    "The order of multiplication that costs least; `conv` in a tie, which PyTorch does a little faster. Raises `ValueError` for an even `ks`"
+    "The order of multiplication that costs least; `channel` in a tie, which PyTorch does faster. Raises `ValueError` for negative sizes and an even `ks`"
+    check_least(0, c=c, n=n)
     _check_ks(ks)
-    costs,best = multiply_adds(c, n, ks),'conv'
+    return _least(multiply_adds(c, n, ks))
+
+def _least(costs):
+    best = next(iter(costs))
     for order in costs: # plain comparisons, which torch.compile can trace with dynamic shapes
         if costs[order]<costs[best]: best = order
     return best
@@ -47,7 +50,7 @@ def _div_bmm(a, b, div):
 
 def _add_bmm(x, p, q, last):
     "`x + p q` (B, C, N) in the dtype of `x`; its transpose (B, N, C) where the channels are `last` in memory. Never a view, which nobody could change in place behind a custom function"
-    if last: x,p,q = x.mT,q.mT,p.mT
+    if last: x,p,q = (o.transpose(1, 2) for o in (x,q,p))
     return torch.baddbmm(x, p, q) if x.dtype==p.dtype else (x+p@q).to(x.dtype)
 
 # %% ../../nbs/layers/00_simple.ipynb #9f58fc85
@@ -67,6 +70,7 @@ class _ChannelOrder(torch.autograd.Function):
         ctx.mark_non_differentiable(*outputs[1:])
         ctx.set_materialize_grads(False) # no zeros in place of the gradients of the two matrices
         ctx.save_for_backward(x, w, *outputs[1:])
+        ctx.save_for_forward(x, w, *outputs[1:])
 
     @staticmethod
     def backward(ctx, g, *_):
@@ -85,7 +89,25 @@ class _ChannelOrder(torch.autograd.Function):
             if ctx.last: g = g.mT # (B, C, N)
         return g,dw,None,None,None
 
+class _ChannelOrderForwardMode(_ChannelOrder):
+    "With a rule for forward mode, which `torch.compile` does not take"
+    @staticmethod
+    def jvp(ctx, dx, dw, *_):
+        x,w,s,m = ctx.saved_tensors
+        h,wh = x.to(s.dtype),w.to(s.dtype)
+        dx = torch.zeros_like(x) if dx is None else dx
+        dh = dx.to(s.dtype)
+        ds = _div_bmm(dh, h.mT, ctx.div) # (B, C, C), half of the derivative of s
+        dm = (ds+ds.mT)@wh
+        if dw is not None: dm = dm+s@dw.to(s.dtype)
+        dy = (dx+dm@h+m@dh).to(x.dtype) # (B, C, N)
+        return dy.mT if ctx.last else dy,None,None
+
 # %% ../../nbs/layers/00_simple.ipynb #618c2b27
+def _has_any_size(n):
+    "Is it exported for grids of any size? Then nothing may be chosen by the size"
+    return torch.jit.is_tracing() or torch.compiler.is_exporting() and isinstance(n, torch.SymInt)
+
 _worthwhile = 2**21 # multiply-adds of one product, from which on `_ChannelOrder` is faster than autograd
 
 def simple_attention(
@@ -94,25 +116,36 @@ def simple_attention(
     gain:torch.Tensor, # A single number, () or (1,)
     scale:bool=False # Divide the branch by N?
 )->torch.Tensor: # (B, C, N) in the dtype and the memory layout of `x`
-    "`x + gain (x xT)(weight x)`, in the order of multiplication that is cheapest for the shape. Raises `ValueError` for an even `ks`, `TypeError` if `x` is not floating point"
+    "`x + gain (x xT)(weight x)`, in the order of multiplication that is cheapest for the shape. Raises `ValueError` for shapes that do not fit and an even `ks`, `TypeError` if `x` is not floating point"
     x = plain(x)
     if not x.is_floating_point(): raise TypeError(f"simple self-attention takes floating point input, got {x.dtype}")
-    (b,c,n),ks = x.shape,weight.shape[-1]
+    _check_shapes(x, weight, gain)
+    (b,c,n),ks,any_size = x.shape,int(weight.shape[-1]),_has_any_size(x.shape[2]) # where torch.jit traces, sizes are tensors
     dtype,last = autocast_dtype(x.device.type) or weight.dtype,x.stride(1)==1
-    div = max(n, 1) if dtype==torch.float16 else 1
-    factor = div/max(n, 1) if scale else div
+    count = torch.sym_max(n, 1) if isinstance(n, torch.SymInt) else max(n, 1)
+    div = count if dtype==torch.float16 else 1
+    factor = div/count if scale else div
     w = (gain if factor==1 else gain*factor)*weight.to(gain.dtype)
-    order = cheapest_order(c, n, ks)
-    if order=='channel' and (torch.compiler.is_compiling() or b*c*c*n>=_worthwhile): y = _ChannelOrder.apply(x, w[...,0], dtype, last, div)[0]
+    order = _least(multiply_adds(c, n, ks)) if not any_size else 'channel' if ks==1 else 'conv'
+    compiled = torch.compiler.is_compiling()
+    if order=='channel' and not any_size and (compiled or b*c*c*n>=_worthwhile):
+        by_hand = _ChannelOrder if compiled else _ChannelOrderForwardMode
+        y = by_hand.apply(x, w[...,0], dtype, last, div)[0]
     else: y = _by_autograd(order, x, w.to(dtype), last, div)
-    return y.mT if last else y
+    return y.transpose(1, 2) if last else y
 
-def _by_autograd(order, x, w, last, div):
+def _check_shapes(x, weight, gain):
+    if x.dim()!=3 or weight.dim()!=3 or tuple(weight.shape[:2])!=(x.shape[1],)*2 or gain.numel()!=1:
+        raise ValueError("simple_attention takes x (B, C, N), weight (C, C, ks) and a gain of one number, "
+            f"got shapes {tuple(x.shape)}, {tuple(weight.shape)} and {tuple(gain.shape)}")
+    _check_ks(int(weight.shape[-1]))
+
+def _by_autograd(order, x, w, last, div): # `transpose`, as the older way to ONNX knows no `mT`
     h = x.to(w.dtype)
-    if order=='channel': return _add_bmm(x, _div_bmm(h, h.mT, div)@w[...,0], h, last)
+    if order=='channel': return _add_bmm(x, _div_bmm(h, h.transpose(1, 2), div)@w[...,0], h, last)
     wh = F.conv1d(h, w, padding=w.shape[-1]//2)
-    if order=='conv': return _add_bmm(x, _div_bmm(h, h.mT, div), wh, last)
-    return _add_bmm(x, h, _div_bmm(h.mT, wh, div), last)
+    if order=='conv': return _add_bmm(x, _div_bmm(h, h.transpose(1, 2), div), wh, last)
+    return _add_bmm(x, h, _div_bmm(h.transpose(1, 2), wh, div), last)
 
 # %% ../../nbs/layers/00_simple.ipynb #bd12ec5a
 def _unit(x): return x/torch.linalg.vector_norm(x).clamp_min(1e-12)
@@ -135,6 +168,14 @@ def _recomputing():
     "Is this a forward pass that gradient checkpointing repeats during backward? (PyTorch tells by a private function only)"
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id()!=-1
 
+@torch.library.custom_op(f"{__name__.split('.')[0]}::power_step", mutates_args=()) # fastattn::power_step; another name in a notebook
+def _power_step(w:torch.Tensor, u:torch.Tensor, v:torch.Tensor)->tuple[torch.Tensor,torch.Tensor]:
+    "A step of power iteration in compiled code, which asks only when it runs whether the step has been taken: then `u` and `v` are its result"
+    return (u.clone(),v.clone()) if _recomputing() else power_iteration(w, u)
+
+@_power_step.register_fake
+def _like(w, u, v): return torch.empty_like(u),torch.empty_like(v)
+
 class SimpleSelfAttention(nn.Module):
     """`x + gamma (x xT)(W x)` on `x` (B, C, *grid), with spectrally normalised `W`: [sdoria's layer](https://github.com/sdoria/SimpleSelfAttention), as in fastai.
     Returns a plain tensor. Raises `ValueError` for invalid `n_in` or `ks` and for an input with other than `n_in` channels, `TypeError` for one that is not floating point"""
@@ -149,6 +190,7 @@ class SimpleSelfAttention(nn.Module):
         super().__init__()
         check_least(1, n_in=n_in)
         _check_ks(ks)
+        check_flags(sym=sym, scale=scale)
         self.n_in,self.ks,self.sym,self.scale = n_in,ks,sym,scale
         kw = dict(device=device, dtype=dtype)
         self.weight,self.gamma = nn.Parameter(torch.empty(n_in, n_in, ks, **kw)),nn.Parameter(torch.empty(1, **kw))
@@ -173,12 +215,17 @@ class SimpleSelfAttention(nn.Module):
         with no_autocast(kernel.device.type):
             w = kernel.flatten(1)
             if w.dtype.itemsize<4: w = w.float()
-            copy = torch.is_grad_enabled() and not step # buffers may be overwritten before backward
+            copy = torch.is_grad_enabled() and not step and not torch.jit.is_tracing() # buffers may be overwritten before backward
             u,v = self.u.to(w.dtype, copy=copy),self.v.to(w.dtype, copy=copy)
-            if step: v = self._follow('v', w.detach().T@u)
+            if not step: return u@(w@v)
+            if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+                u,v = _power_step(w.detach(), u, v)
+                self.u.copy_(u)
+                self.v.copy_(v)
+                return u@(w@v)
+            v = self._follow('v', w.detach().T@u)
             wv = w@v
-            if step: u = self._follow('u', wv.detach())
-            return u@wv
+            return self._follow('u', wv.detach())@wv
 
     def _follow(self, name, x):
         getattr(self, name).copy_(x := _unit(x))

@@ -12,7 +12,7 @@ from fastcore.basics import patch
 from fastprogress.fastprogress import progress_bar
 from numbers import Integral,Real
 from torch import nn
-from ..core import check_least
+from ..core import check_least,is_number,is_whole
 from ..layers.local2d import Local2DAttention,NonLinearBlock
 from ..layers.position import SirenEncoding,window_steps
 
@@ -33,8 +33,9 @@ class NonLinearTransformer(nn.Module):
         p:float=0. # Probability of dropout
     ):
         super().__init__()
-        check_least(1, vocab_size=vocab_size, iterations=iterations, depth=depth)
+        check_least(1, vocab_size=vocab_size, embed_size=embed_size, iterations=iterations, depth=depth)
         check_least(0, n_labels=n_labels, global_every=global_every)
+        if not (is_number(p) and 0<=p<=1): raise ValueError(f"p is a probability, from 0 to 1, got {p!r}")
         self.matrix_dim = _shape(matrix_dim if isinstance(matrix_dim, (tuple,list)) else (matrix_dim,matrix_dim), 2, 'matrix_dim')
         self.iterations = iterations
         self.embed,self.masked = nn.Embedding(vocab_size, embed_size),nn.Parameter(torch.randn(embed_size))
@@ -43,6 +44,10 @@ class NonLinearTransformer(nn.Module):
         def attn(i): return Local2DAttention(embed_size, None if global_every and (i+1)%global_every==0 else window_size, heads)
         self.blocks = nn.Sequential(*(NonLinearBlock(attn(i), p) for i in range(depth)))
         self.drop,self.norm,self.head = nn.Dropout(p),nn.LayerNorm(embed_size),nn.Linear(embed_size, vocab_size)
+
+    def reset_parameters(self):
+        "The vector of masked cells as it starts; the other parts have their own"
+        nn.init.normal_(self.masked)
 
     @property
     def vocab_size(self): return self.embed.num_embeddings
@@ -84,7 +89,7 @@ def _whole(tensor): return not tensor.is_floating_point() and not tensor.is_comp
 
 def _shape(o, n, what):
     o = tuple(o) if isinstance(o, (tuple,list)) else (o,)
-    if len(o)!=n or not all(isinstance(i, Integral) and i>0 for i in o): raise ValueError(f"{what} must be {n} whole numbers, at least 1 each, got {o}")
+    if len(o)!=n or not all(is_whole(i) and i>0 for i in o): raise ValueError(f"{what} must be {n} whole numbers, at least 1 each, got {o}")
     return o
 
 # %% ../../nbs/models/04_nonlinear.ipynb #05a7ff73

@@ -7,18 +7,16 @@ __all__ = ['tokens', 'PositionalBlock', 'PositionalTransformer']
 
 # %% ../../nbs/models/03_positional.ipynb #18010aee
 import copy
-from math import isfinite
-from numbers import Integral
 from torch import nn
 import torch.nn.functional as F
-from ..core import check_least,check_name
+from ..core import check_least,check_name,is_number,is_whole
 from ..layers.positional import PositionalSelfAttention
 
 # %% ../../nbs/models/03_positional.ipynb #95155b7d
 _pools = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
 
 def _check_p(p):
-    if not (isfinite(p) and 0<=p<=1): raise ValueError(f"p is a probability, from 0 to 1, got {p!r}")
+    if not (is_number(p) and 0<=p<=1): raise ValueError(f"p is a probability, from 0 to 1, got {p!r}")
 
 class PositionalBlock(nn.Module):
     """Attention and a two-layer network, each with dropout, a sum and a layer norm; then max-pooling if `pool` is more than 1.
@@ -52,7 +50,7 @@ tokens = dict(last=lambda x: x[:,-1], mean=lambda x: x.mean(1), max=lambda x: x.
 
 def _check_pools(pool_after, depth, ndim):
     "The blocks that are followed by max-pooling"
-    known = isinstance(pool_after, (tuple,list,set,range)) and all(isinstance(o, Integral) and not isinstance(o, bool) and 0<=o<depth for o in pool_after)
+    known = isinstance(pool_after, (tuple,list,set,range)) and all(is_whole(o) and 0<=o<depth for o in pool_after)
     if not known: raise ValueError(f"pool_after must be blocks from 0 to {depth-1}, in a list, got {pool_after!r}")
     if pool_after and ndim not in _pools: raise ValueError(f"max-pooling is there for 1 to 3 dimensions, got ndim={ndim}")
 
@@ -78,6 +76,7 @@ class PositionalTransformer(nn.Module):
         check_least(1, c_in=c_in, n_out=n_out, ndim=ndim, dim=dim, depth=depth, ff=ff, pool=pool)
         _check_p(p)
         _check_pools(pool_after, depth, ndim)
+        if attn is not None and not callable(attn): raise ValueError(f"attn must be a function of the number of the block, or None, got {attn!r}")
         if attn is None: attn = lambda i: PositionalSelfAttention(dim, heads, ndim, **copy.deepcopy(kwargs))
         elif kwargs: raise ValueError(f"attn builds the attention, so {', '.join(kwargs)} would mean nothing")
         self.ndim,self.token = ndim,check_name(token, tokens, 'token')

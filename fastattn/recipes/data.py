@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['augs', 'datasets', 'DigitImage', 'digits_dls', 'fetch_data', 'mnist_dls', 'cifar10_dls', 'presize_images',
-           'imagenette_dls', 'imagewoof_dls', 'check_images', 'folder_dls', 'data_name', 'get_dls', 'TokenMatrices',
-           'get_tokens']
+           'imagenette_dls', 'imagewoof_dls', 'check_images', 'folder_dls', 'same_different_dls', 'data_name',
+           'get_dls', 'TokenMatrices', 'get_tokens']
 
 # %% ../../nbs/recipes/00_data.ipynb #95b8b952
 import inspect,os,shutil
@@ -42,11 +42,25 @@ def _grey_block(size, mean, std, get_y, splitter):
     return DataBlock((TransformBlock(DigitImage(size), batch_tfms=IntToFloatTensor),CategoryBlock), get_y=get_y,
         splitter=splitter, batch_tfms=Normalize.from_stats([mean], [std]))
 
-def _loaders(items, block, bs, workers, path='.', keep=None, aug=None):
-    "`DataLoaders` of `items`; if `keep` gives the decoded images of a part, batches are cut from those. `aug`: name and size, for training"
+def _few_of_each(labels, few):
+    "Indices of `few` items of each class, taken at random, the same each time. A `ValueError` where a class has less"
+    check_least(1, few=few)
+    labels,shuffled = np.array(labels),np.random.default_rng(0).permutation(len(labels))
+    chosen = [shuffled[labels[shuffled]==o][:few] for o in np.unique(labels)]
+    if (least := min(map(len, chosen)))<few: raise ValueError(f"few must be at most {least}, the training images of the smallest class; got {few}")
+    return np.sort(np.concatenate(chosen)).tolist()
+
+def _loaders(items, block, bs, workers, path='.', keep=None, aug=None, few=None):
+    """`DataLoaders` of `items`; if `keep` gives the decoded images of a part, batches are cut from those.
+    `aug`: name and size, for training. `few`: training images of each class"""
     splits = block.splitter(items)
-    block.splitter = lambda items: splits # for many files it takes seconds
     if keep: kept = [keep([items[i] for i in idxs], part) for idxs,part in zip(splits, ('train','valid'))]
+    if few is not None:
+        train = list(splits[0])
+        chosen = _few_of_each([block.get_y(items[i]) for i in train], few)
+        splits = [train[i] for i in chosen],splits[1]
+        if keep: kept[0] = {k: v[chosen] for k,v in kept[0].items()}
+    block.splitter = lambda items: splits # for many files it takes seconds
     dsets = block.datasets(items)
     kwargs = dict(bs=bs, path=path, after_item=block.item_tfms, after_batch=block.batch_tfms)
     if not keep: return dsets.dataloaders(num_workers=workers, **kwargs)
@@ -73,13 +87,14 @@ def digits_dls(
     size:int, # Pixels per side
     bs:int, # Batch size
     workers:int, # Processes that load data; none are needed if `cache` is not False
-    cache:bool=None # Cut batches from one tensor of all images? None: yes
+    cache:bool=None, # Cut batches from one tensor of all images? None: yes
+    few:int=None # Training images of each class, taken at random, the same each time; None: all
 )->DataLoaders:
     "scikit-learn's digits, 1400 for training and 397 held out; one channel, normalised"
     ims = _read_sklearn(size)
     px = np.stack([o for o in ims if not o.valid])/255
     block = _grey_block(size, px.mean(), px.std(), attrgetter('label'), FuncSplitter(attrgetter('valid')))
-    return _loaders(ims, block, bs, workers, keep=None if cache is False else _stack)
+    return _loaders(ims, block, bs, workers, keep=None if cache is False else _stack, few=few)
 
 # %% ../../nbs/recipes/00_data.ipynb #01bb9648
 def fetch_data(
@@ -128,12 +143,13 @@ def mnist_dls(
     size:int, # Pixels per side
     bs:int, # Batch size
     workers:int, # Processes that load data, if images are not cached
-    cache:bool=None # Decode images once? None: where they fit in a quarter of the memory
+    cache:bool=None, # Decode images once? None: where they fit in a quarter of the memory
+    few:int=None # Training images of each class, taken at random, the same each time; None: all
 )->DataLoaders:
     "MNIST: 60,000 handwritten digits for training and 10,000 held out, 28 px; one channel, normalised"
     fns = _image_files(path := fetch_data(URLs.MNIST))
     block = _grey_block(size, 0.1307, 0.3081, _label, _by_part('training', 'testing'))
-    return _loaders(fns, block, bs, workers, path, _keep_digits(path, size) if _use_cache(cache, len(fns), size, 1) else None)
+    return _loaders(fns, block, bs, workers, path, _keep_digits(path, size) if _use_cache(cache, len(fns), size, 1) else None, few=few)
 
 def _photo_block(splitter, item_tfms, stats):
     return DataBlock((TransformBlock(PhotoImage, batch_tfms=IntToFloatTensor),CategoryBlock), get_y=_label,
@@ -144,7 +160,8 @@ def cifar10_dls(
     bs:int, # Batch size
     workers:int, # Processes that load data, if images are not cached
     aug:str='shift', # Of training images: 'shift', flipped too; or 'cutout', which also paints over a square of half the size
-    cache:bool=None # Decode images once? None: where they fit in a quarter of the memory
+    cache:bool=None, # Decode images once? None: where they fit in a quarter of the memory
+    few:int=None # Training images of each class, taken at random, the same each time; None: all
 )->DataLoaders:
     "CIFAR-10: 50,000 small photos for training and 10,000 held out, 32 px; flipped, and shifted by up to an eighth of their size"
     check_name(aug, ('shift','cutout'), 'augmentation')
@@ -154,7 +171,7 @@ def cifar10_dls(
     keep = None
     if _use_cache(cache, len(fns), size): keep = _keep_as(path, 'squeezed', partial(squeeze_image, side=size), size)
     elif aug=='cutout': raise ValueError("aug='cutout' needs cached images: leave out cache=False, or give cache=True")
-    return _loaders(fns, block, bs, workers, path, keep, dict(aug=aug, size=size))
+    return _loaders(fns, block, bs, workers, path, keep, dict(aug=aug, size=size), few)
 
 # %% ../../nbs/recipes/00_data.ipynb #6e36867b
 augs = dict(crop=lambda size: RandomResizedCrop(size, min_scale=0.35), flip=Resize)
@@ -177,14 +194,14 @@ def _keep_photos(path, aug, size, check):
         return cache_images(fns, path, f'{part}-{name}-{size}', checked)
     return keep
 
-def _photos(path, fns, size, bs, workers, splitter, aug, cache, check=noop):
+def _photos(path, fns, size, bs, workers, splitter, aug, cache, few=None, check=noop):
     check_name(aug, augs, 'augmentation')
     block = _photo_block(splitter, [augs[aug](size), FlipItem(0.5)], imagenet_stats)
     if _use_cache(cache, len(fns), math.ceil(1.5*size)): keep = _keep_photos(path, aug, size, check)
     else:
         keep = None
         check()
-    return _loaders(fns, block, bs, workers, path, keep, dict(aug=aug, size=size))
+    return _loaders(fns, block, bs, workers, path, keep, dict(aug=aug, size=size), few)
 
 def presize_images(
     path, # Folder of images
@@ -201,12 +218,12 @@ def presize_images(
             os.replace(tmp, dest)
     return dest
 
-def _imagenette(name, size, bs, workers, aug='crop', presize=False, cache=None):
+def _imagenette(name, size, bs, workers, aug='crop', presize=False, cache=None, few=None):
     px = '_160' if size<=128 else '_320' if size<=256 else ''
     if presize and size>80: px = '_320' if size<=160 else ''
     path = fetch_data(getattr(URLs, f'{name}{px}'))
     if presize: path = presize_images(path, 2*size)
-    return _photos(path, _image_files(path), size, bs, workers, _by_part('train', 'val'), aug, cache)
+    return _photos(path, _image_files(path), size, bs, workers, _by_part('train', 'val'), aug, cache, few)
 
 def imagenette_dls(
     size:int, # Pixels per side; up to 128 from the archive of 160 px, up to 256 from that of 320 px
@@ -214,10 +231,11 @@ def imagenette_dls(
     workers:int, # Processes that load data, if images are not cached
     aug:str='crop', # Of training images: 'crop' (random crops, flipped) or 'flip' (the largest square, flipped)
     presize:bool=False, # From copies on disk whose longer side is twice `size`, made at the first use
-    cache:bool=None # Decode images once? None: where they fit in a quarter of the memory
+    cache:bool=None, # Decode images once? None: where they fit in a quarter of the memory
+    few:int=None # Training images of each class, taken at random, the same each time; None: all
 )->DataLoaders:
     "Imagenette: photos of ten things that are easy to tell apart"
-    return _imagenette('IMAGENETTE', size, bs, workers, aug, presize, cache)
+    return _imagenette('IMAGENETTE', size, bs, workers, aug, presize, cache, few)
 
 def imagewoof_dls(
     size:int, # Pixels per side; up to 128 from the archive of 160 px, up to 256 from that of 320 px
@@ -225,10 +243,11 @@ def imagewoof_dls(
     workers:int, # Processes that load data, if images are not cached
     aug:str='crop', # Of training images: 'crop' (random crops, flipped) or 'flip' (the largest square, flipped)
     presize:bool=False, # From copies on disk whose longer side is twice `size`, made at the first use
-    cache:bool=None # Decode images once? None: where they fit in a quarter of the memory
+    cache:bool=None, # Decode images once? None: where they fit in a quarter of the memory
+    few:int=None # Training images of each class, taken at random, the same each time; None: all
 )->DataLoaders:
     "Imagewoof: photos of ten breeds of dogs, which are not"
-    return _imagenette('IMAGEWOOF', size, bs, workers, aug, presize, cache)
+    return _imagenette('IMAGEWOOF', size, bs, workers, aug, presize, cache, few)
 
 # %% ../../nbs/recipes/00_data.ipynb #644ec72d
 @lru_cache(maxsize=None)
@@ -270,7 +289,8 @@ def folder_dls(
     bs:int, # Batch size
     workers:int, # Processes that load data, if images are not cached
     aug:str='crop', # Of training images: 'crop' (random crops, flipped) or 'flip' (the largest square, flipped)
-    cache:bool=None # Decode images once? None: where they fit in a quarter of the memory
+    cache:bool=None, # Decode images once? None: where they fit in a quarter of the memory
+    few:int=None # Training images of each class, taken at random, the same each time; None: all
 )->DataLoaders:
     "The images below `path`, looked at first, and treated as Imagenette's"
     path = Path(path).expanduser().resolve()
@@ -280,11 +300,62 @@ def folder_dls(
         if diff := set(parts[0]) ^ set(parts[1]): raise ValueError(f"train and {valid} in {path} differ in the classes {', '.join(sorted(diff))}")
     else: parts,splitter = [_classes(path, least=5)],_hold_out
     fns = L(parts).map(lambda o: o.values()).concat().concat()
-    return _photos(path, fns, size, bs, workers, splitter, aug, cache, check=partial(check_images, fns))
+    return _photos(path, fns, size, bs, workers, splitter, aug, cache, few, check=partial(check_images, fns))
+
+# %% ../../nbs/recipes/00_data.ipynb #sd000002
+_n_same = dict(train=4000, valid=1000)
+
+def _pattern(rng, n_cells=3):
+    "Which cells of a square are white: a third or more of them, and not all"
+    while True:
+        cells = rng.random((n_cells,n_cells))<0.5
+        if n_cells<=cells.sum()<n_cells**2: return cells
+
+def _same_or_not(rng, size, same, patterns):
+    "One image (size, size), with two shapes that are the same or not"
+    cell = max(1, size//10)
+    side = 3*cell
+    left = patterns[rng.integers(len(patterns))]
+    right = left
+    while not same and (right==left).all(): right = patterns[rng.integers(len(patterns))]
+    im,shift = np.zeros((size,size), np.uint8),max(1, size//8)
+    for o,col in ((left,rng.integers(shift)), (right,size-side-rng.integers(shift))):
+        row = rng.integers(size-side+1)
+        im[row:row+side,col:col+side] = 255*np.kron(o, np.ones((cell,cell), np.uint8))
+    return im
+
+@lru_cache(maxsize=4)
+def _make_same(size):
+    rng = np.random.default_rng(0)
+    patterns = [_pattern(rng) for _ in range(_n_patterns)]
+    ims = []
+    for part,n in _n_same.items():
+        for i in range(n):
+            im = PILImageBW.create(_same_or_not(rng, size, i%2==0, patterns))
+            im.label,im.valid = ('same','different')[i%2],part=='valid'
+            ims.append(im)
+    return ims
+
+_n_patterns = 16
+
+def same_different_dls(
+    size:int, # Pixels per side, at least 10
+    bs:int, # Batch size
+    workers:int, # Processes that load data; none are needed if `cache` is not False
+    cache:bool=None, # Cut batches from one tensor of all images? None: yes
+    few:int=None # Training images of each class, taken at random, the same each time; None: all
+)->DataLoaders:
+    "Two shapes far apart, the same or not: 4000 synthetic images for training and 1000 held out, always the same ones; one channel, normalised"
+    check_least(10, size=size)
+    ims = _make_same(size)
+    px = np.stack([o for o in ims if not o.valid])/255
+    block = _grey_block(size, px.mean(), px.std(), attrgetter('label'), FuncSplitter(attrgetter('valid')))
+    return _loaders(ims, block, bs, workers, keep=None if cache is False else _stack, few=few)
 
 # %% ../../nbs/recipes/00_data.ipynb #345c96d6
-datasets = dict(digits=digits_dls, mnist=mnist_dls, cifar10=cifar10_dls, imagenette=imagenette_dls, imagewoof=imagewoof_dls)
-_sizes = dict(digits=32, mnist=28, cifar10=32)
+datasets = dict(digits=digits_dls, mnist=mnist_dls, cifar10=cifar10_dls, imagenette=imagenette_dls, imagewoof=imagewoof_dls,
+    same_different=same_different_dls)
+_sizes = dict(digits=32, mnist=28, cifar10=32, same_different=32)
 
 def data_name(
     data # A name, or the path of a folder or file
@@ -297,23 +368,23 @@ def data_name(
 
 def get_dls(
     data='digits', # A name from `datasets`, or a folder of images; a `Path` is always a folder
-    size:int=None, # Pixels per side (default: digits and cifar10 32, mnist 28, others 128)
+    size:int=None, # Pixels per side (default: digits, cifar10 and same_different 32, mnist 28, others 128)
     bs:int=64, # Batch size
     workers:int=None, # Processes that load data; cached images need none (default: one for each CPU, at most 8)
     cache:bool=None, # Decode images once, keep them on disk, augment whole batches? None: where they fit in a quarter of the memory
-    **kwargs # Of photos: `aug`, 'crop' or 'flip' (of cifar10 'shift' or 'cutout'); of imagenette and imagewoof: `presize`
+    **kwargs # `few`: training images of each class (default: all). Of photos: `aug`, 'crop' or 'flip' (of cifar10 'shift' or 'cutout'); of imagenette and imagewoof: `presize`
 )->DataLoaders:
     """`DataLoaders` of a data set; their `path` is the folder of the images, if there is one.
     A `ValueError` for an unknown name or unusable images, a `FileNotFoundError` if the data are not there and cannot be fetched"""
     name = data_name(data)
-    size,workers = ifnone(size, _sizes.get(name, 128)),ifnone(workers, 0 if name=='digits' else min(8, num_cpus()))
+    size,workers = ifnone(size, _sizes.get(name, 128)),ifnone(workers, 0 if name in ('digits','same_different') else min(8, num_cpus()))
     check_least(1, size=size, bs=bs)
     check_least(0, workers=workers)
     if not (cache is None or isinstance(cache, bool)): raise ValueError(f"cache must be True, False or None, got {cache!r}")
     if name in datasets: make = datasets[name]
     elif Path(name).is_dir(): make = partial(folder_dls, name)
     else: check_name(name, datasets, 'data set (a name, or the path to a folder of images)')
-    for k in kwargs: check_name(k, set(inspect.signature(make).parameters)&{'aug','presize'}, f'option for {name}')
+    for k in kwargs: check_name(k, set(inspect.signature(make).parameters)&{'aug','presize','few'}, f'option for {name}')
     dls = make(size, bs, workers, cache=cache, **kwargs)
     if not len(dls.train): raise ValueError(f"bs must be at most the number of images for training, {len(dls.train_ds)}, got {bs}")
     return dls

@@ -23,7 +23,7 @@ def published(
     "Published results, as their sources give them; those that are not given are None"
     def number(v, t): return t(v) if v else None
     rows = list(csv.DictReader(io.StringIO((files('fastattn.recipes')/'published.csv').read_text(encoding='utf-8'))))
-    rows = [r | dict(size=int(r['size']), epochs=int(r['epochs']), runs=number(r['runs'], int), accuracy=float(r['accuracy']), sd=number(r['sd'], float)) for r in rows]
+    rows = [r | dict(size=number(r['size'], int), epochs=number(r['epochs'], int), runs=number(r['runs'], int), accuracy=float(r['accuracy']), sd=number(r['sd'], float)) for r in rows]
     return [r for r in rows if all(v is None or r[k]==v for k,v in (('data',data),('size',size),('epochs',epochs)))]
 
 def published_table(
@@ -33,7 +33,7 @@ def published_table(
 )->pd.DataFrame: # Of words
     "Published results beside which an answer can be held"
     def pct(o): return '' if o is None else f'{o:.2%}'
-    return pd.DataFrame([dict(published=f"{r['variant']} ({r['source']})", epochs=r['epochs'], runs=r['runs'] or '?', accuracy=pct(r['accuracy']), sd=pct(r['sd'])) for r in published(data, size, epochs)])
+    return pd.DataFrame([dict(published=f"{r['variant']} ({r['source']})", epochs=r['epochs'] or '?', runs=r['runs'] or '?', accuracy=pct(r['accuracy']), sd=pct(r['sd'])) for r in published(data, size, epochs)])
 
 # %% ../../nbs/recipes/06_leaderboard.ipynb #7a4d144c
 def _shown(group, answer, style):

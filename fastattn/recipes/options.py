@@ -11,6 +11,7 @@ __all__ = ['train_options', 'recipes', 'opt_funcs', 'scheds', 'acts', 'pools', '
 # %% ../../nbs/recipes/04_options.ipynb #d034a0e7
 import hashlib,importlib.util,inspect,json,sys,timm
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 from timm.layers import BlurPool2d
@@ -55,6 +56,7 @@ train_options = dict(
     smooth=RunOption(float, 'Label smoothing'),
     mixup=RunOption(float, 'Strength of mixup; 0 for none'),
     aug=RunOption(str, 'Augmentation of photos: crop (random crops, flipped) or flip (the largest square, flipped)'),
+    few=RunOption(int, 'Training images of each class; 0 for all'),
     presize=RunOption(bool, 'Imagenette and Imagewoof: from photos shrunk once, on disk, to twice the size'),
     progressive=RunOption(float, 'Training images start at this share of their size, and grow'),
     precision=RunOption(str, 'fp32, or mixed precision: bf16 (GPUs, CPUs with AVX-512) or fp16 (GPUs)'),
@@ -66,12 +68,13 @@ recipes = dict(
     digits=dict(size=32, epochs=5, lr=4e-3),
     mnist=dict(size=28, epochs=3, lr=4e-3),
     cifar10=dict(size=32, epochs=10, lr=8e-3),
+    same_different=dict(size=32, epochs=5, lr=4e-3),
     imagenette=dict(size=128, epochs=5, lr=8e-3),
     imagewoof=dict(size=128, epochs=5, lr=8e-3))
 
 _common = dict(bs=64, wd=1e-2, smooth=0.1, mixup=0., sched='flat_cos', precision='fp32', channels_last=False)
-_extras = dict(compile=False, aug='crop', presize=False, progressive=1.) # left out of a configuration unless they are asked for
-_added = dict(per_head=False, at='branch') # options of models that older runs lack: likewise
+_extras = dict(compile=False, aug='crop', few=0, presize=False, progressive=1.) # left out of a configuration unless they are asked for
+_added = dict(per_head=False, at='branch', scale=False, gain_lr=1., widen=1.) # options of models that older runs lack: likewise
 
 # %% ../../nbs/recipes/04_options.ipynb #37b8b072
 opt_funcs = dict(
@@ -133,24 +136,29 @@ def register_learner(
 def _values(o): return list(o) if isinstance(o, (list,tuple)) else [o]
 def _ints(o): return [int(i) if i.lstrip('-').isdigit() else i for i in str(o).split(',')]
 
-def _attn(name):
+def _attn(name, scale=False):
     "An attention by its name, or from a file"
-    return load_object(name) if '.py:' in name else name
+    found = load_object(name) if '.py:' in name else name
+    if not scale or name=='none': return found
+    return partial(attns[check_name(name, ('ssa','ssa_sym'), 'attention with scale')], scale=True)
 
 def _timm(dls, arch,
     attn=['none','ssa'], # none, ssa, ssa_sym, sa, positional, local, one of timm's, such as se, eca, cbam, or file.py:Class
     stages='1', # Stages that get attention, from 1; `1,2` is both
     blocks='last', # last, first, all, or indices such as 0,-1
     at='branch', # Where in a block: branch (in the residual branch, at its end) or block (behind the addition)
+    scale=False, # Divide simple self-attention by the number of positions
+    gain_lr=1., # Learning rate of gains, in that of the rest
     **kwargs):
     words = _ints(blocks)
-    return ssa_learner(dls, arch, _attn(attn), _ints(stages), words[0] if len(words)==1 else words, at=at, **kwargs)
+    return ssa_learner(dls, arch, _attn(attn, scale), _ints(stages), words[0] if len(words)==1 else words, at=at, gain_lr=gain_lr, **kwargs)
 
-def _xresnet(dls, arch, attn=['none','ssa'], stages='1', blocks='last', at='branch',
+def _xresnet(dls, arch, attn=['none','ssa'], stages='1', blocks='last', at='branch', scale=False, gain_lr=1.,
     act='Mish', # Activation: Mish, ReLU, LeakyReLU, ELU, GELU, SiLU
     pool='AvgPool', # Pooling of the shortcuts: AvgPool, MaxPool, MaxBlurPool
+    widen=1., # Channels of the stages, in those of the architecture
     **kwargs):
-    learn = _timm(dls, arch, attn, stages, blocks, at, act_cls=acts[check_name(act, acts, 'activation')], pool=pools[check_name(pool, pools, 'pooling')], **kwargs)
+    learn = _timm(dls, arch, attn, stages, blocks, at, scale, gain_lr, widen=widen, act_cls=acts[check_name(act, acts, 'activation')], pool=pools[check_name(pool, pools, 'pooling')], **kwargs)
     if pool=='MaxBlurPool': learn.model[3] = MaxBlurPool(2) # the stem's pooling too
     return learn
 
@@ -252,7 +260,7 @@ def option_defaults(
     return merge(dict(data=str(data), arch=arch), known.defaults, recipe, _common, own, dict(opt=opt), opt_funcs[check_name(opt, opt_funcs, 'optimiser')][1],
         dict(compile=False) if known.data is get_tokens else _extras)
 
-_void = {('attn','none'): ('stages','blocks','at'), ('drop','none'): ('p','inference'), ('drop','dropout'): ('inference',), ('span','none'): ('sigma','threshold','modulate','penalty','per_head')} # options that then mean nothing
+_void = {('attn','none'): ('stages','blocks','at','scale','gain_lr'), ('drop','none'): ('p','inference'), ('drop','dropout'): ('inference',), ('span','none'): ('sigma','threshold','modulate','penalty','per_head')} # options that then mean nothing
 
 
 def variants(
@@ -302,6 +310,7 @@ def group_path(
     "Where the runs on the same data, of the same size and length, stand. Folders of one name in different places have different ones"
     data = config['data']
     name = data if data in (*recipes,'text') else f"{Path(data).name}-{hashlib.sha1(data.encode()).hexdigest()[:4]}"
+    if few := config.get('few'): name += f'-few{few}'
     return Path(out)/f"{name}-{config['size']}-{config['epochs']}"
 
 def run_path(
@@ -330,8 +339,17 @@ _thesis_page,_thesis_differs = 'github.com/MeenaAlfons/posattn, MSc thesis, tabl
 _projection = dict(data='mnist', size=28, arch='projection', epochs=10)
 _projection_page,_projection_differs = 'self-projection 0.1.0, README','there Adadelta, lr 1, falling by 0.7 each epoch'
 
+def _sdoria_row(size, epochs, runs, published, data='imagenette', attn=('none','ssa')):
+    "A row of the first tables of SimpleSelfAttention"
+    options = dict(_sdoria, data=data, size=size, epochs=epochs, attn=list(attn))
+    return Preset([options], runs, f'{_sdoria_page}, README v0.1', published, _sdoria_differs+'; the settings are those of its notebook at Imagewoof 256/5')
+
 presets = {
     **{f'sdoria-{e}': Preset([dict(_sdoria, epochs=e)], 10, f'{_sdoria_page} at b5a8333, README', f'none {a}, ssa {b}', _sdoria_differs) for e,a,b in ((5,'61.9%','67.6%'), (20,'83.9%','85.7%'), (80,'89.9%','90.3%'))},
+    'sdoria-woof-128-5': _sdoria_row(128, 5, 12, 'none 62.3%, ssa 65.2%, sa 64.0%', 'imagewoof', ('none','ssa','sa')),
+    'sdoria-nette-128-5': _sdoria_row(128, 5, 10, 'none 85.5%, ssa 86.3%'),
+    'sdoria-nette-256-5': _sdoria_row(256, 5, 6, 'none 84.6%, ssa 85.3%'),
+    'sdoria-nette-256-20': _sdoria_row(256, 20, 6, 'none 93.6%, ssa 94.4%'),
     'sdoria-50-47': Preset([dict(_sdoria, size=128, arch='xresnet18', lr=8e-3, attn=a, epochs=e) for a,e in (('none',50),('ssa',47))], 20,
         f'{_sdoria_page} at b725fd0, README', 'none 84.98%, ssa 85.67%', 'means of the best epoch, and '+_sdoria_differs),
     **{f'fastai-2020-{e}': Preset([dict(_fastai, epochs=e)], 1, 'github.com/fastai/imagenette, 2020-01-train.md', f'ssa {a}', 'from the archive of 320 px there'+', with mixup of unstated strength'*(e>20))

@@ -20,7 +20,7 @@ from fastai.basics import Callback,Learner,no_random,num_distrib,set_seed
 from fastai.callback.progress import ProgressCallback
 from fastai.torch_core import rank_distrib
 from .. import __version__
-from ..callback import Checkpoint,CheckpointError,everyones,is_first
+from ..callback import Checkpoint,CheckpointError,GainRecorder,everyones,is_first
 from ..core import WriteError,check_name,write_atomic
 
 # %% ../../nbs/recipes/01_run.ipynb #7a0023c2
@@ -279,7 +279,7 @@ class Run:
             params=sum(o.numel() for o in learn.model.parameters()))
         key = {k: file.record[k] for k in ('config','seed','versions','processes','workers','loader')}
         examples = ExampleRecorder(metric)
-        cbs = [file,examples,Checkpoint(self.ckpt/'state.pt', key, checkpoint_every, fits=None)]
+        cbs = [file,examples,GainRecorder(),Checkpoint(self.ckpt/'state.pt', key, checkpoint_every, fits=None)]
         if callbacks: cbs += callbacks(learn, file.record)
         learn.remove_cb(ProgressCallback)
         set_seed(self.seed, reproducible=True)

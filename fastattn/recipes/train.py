@@ -34,7 +34,7 @@ def build_learner(
     if c['bs']%n: raise ValueError(f"bs is shared by the {n} processes, and must be a multiple of {n}; got {c['bs']}")
     set_seed(seed, reproducible=True)
     known,(opt,params) = learner_of(c['arch']),opt_funcs[c['opt']]
-    dls = known.data(c['data'], size=c['size'], bs=c['bs']//n, workers=workers, **{k: c[k] for k in ('presize','aug') if c[k]!=_extras[k]})
+    dls = known.data(c['data'], size=c['size'], bs=c['bs']//n, workers=workers, **{k: c[k] for k in ('presize','aug','few') if c.get(k, _extras[k])!=_extras[k]})
     words = {k: c[k] for k in known.options if c[k] is not None}
     if 'arch' in known.func.__code__.co_varnames: words['arch'] = c['arch']
     learn = known.func(dls, **words, opt_func=partial(opt, **{k: c[k] for k in params}), loss_func=LabelSmoothingCrossEntropy(eps=c['smooth']),
