@@ -29,7 +29,7 @@ def relative(
     "Offsets as a share of the largest that the grid has: from -1 to 1"
     if torch.compiler.is_exporting(): # sizes may be symbols
         return torch.stack([o/torch.sym_max(1, s-1) for o,s in zip(steps.unbind(-1), grid)], -1)
-    return steps/torch.tensor([max(1, s-1) for s in grid], device=steps.device, dtype=steps.dtype)
+    return steps/torch.stack([steps.new_full((), max(1, s-1)) for s in grid]) # filled there: a copy from the CPU would wait for the device
 
 def _at_least_float32(dtype): return torch.promote_types(dtype, torch.float32)
 
