@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from typing import Optional
 from ..core import check_flags,check_least,check_name,is_number
+from .kernels import product_by_kernel,takes_kernels
 from .tensor import autocast_dtype,no_autocast,plain
 
 # %% ../../nbs/layers/02_dropconnect.ipynb #edec3f42
@@ -52,8 +53,6 @@ def _masks(n_rows, n_in, n_out, p, seed, device):
             yield slice(o, o+shape[0]),slice(r, r+shape[1]),mask.flatten()[:shape[0]*shape[1]*n_in].view(shape)
 
 # %% ../../nbs/layers/02_dropconnect.ipynb #c0cd323b
-from .kernels import product_by_kernel,takes_kernels
-
 @torch.library.custom_op(f"{__name__.split('.')[0]}::masked_product", mutates_args=()) # fastattn::masked_product; in a notebook another, for one that is defined twice is not safe to call
 def _masked_product(
     x:Optional[Tensor], # (R, I)

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['product_by_kernel', 'takes_kernels', 'masks_of_kernel']
 
-# %% ../../nbs/layers/07_kernels.ipynb #acc7ce66
+# %% ../../nbs/layers/07_kernels.ipynb #f0818536
 import torch
 from torch import Tensor
 from types import SimpleNamespace
 
+# %% ../../nbs/layers/07_kernels.ipynb #ba8a516c
 try:
     import triton
     import triton.language as tl
