@@ -1,4 +1,5 @@
 from .dropconnect import *
+from .kernels import *
 from .local import *
 from .local2d import *
 from .position import *

@@ -9,12 +9,12 @@ __all__ = ['dropconnect', 'DropConnect', 'DropConnectConv1d', 'DropConnectConv2d
 # %% ../../nbs/layers/02_dropconnect.ipynb #c2a68d63
 import torch
 from collections.abc import Iterable
-from importlib.util import find_spec
 from torch import Tensor,nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from typing import Optional
 from ..core import check_flags,check_least,check_name,is_number
+from .kernels import product_by_kernel,takes_kernels
 from .tensor import autocast_dtype,no_autocast,plain
 
 # %% ../../nbs/layers/02_dropconnect.ipynb #edec3f42
@@ -53,12 +53,6 @@ def _masks(n_rows, n_in, n_out, p, seed, device):
             yield slice(o, o+shape[0]),slice(r, r+shape[1]),mask.flatten()[:shape[0]*shape[1]*n_in].view(shape)
 
 # %% ../../nbs/layers/02_dropconnect.ipynb #c0cd323b
-def _has_kernel(device): return device.type=='cuda' and find_spec('triton') is not None
-
-def _kernel():
-    from fastattn.layers.kernels import masked_sum # here, for it imports Triton
-    return masked_sum
-
 @torch.library.custom_op(f"{__name__.split('.')[0]}::masked_product", mutates_args=()) # fastattn::masked_product; in a notebook another, for one that is defined twice is not safe to call
 def _masked_product(
     x:Optional[Tensor], # (R, I)
@@ -69,7 +63,7 @@ def _masked_product(
 )->Tensor: # Of the shape of the one that is None
     "The derivative of `sum(mask * weight * x * g)` by the one of the three that is None, for masks (R, O, I) that are drawn from `seed`, block by block"
     res = _empty(x, weight, g)
-    if _has_kernel(res.device): return _kernel()(x, weight, g, int(seed), _ones(p))
+    if takes_kernels(res.device): return product_by_kernel(res, x, weight, g, int(seed), _ones(p))
     acc = res.to(torch.promote_types(res.dtype, torch.float32)).zero_()
     for o,r,m in _masks(*_sizes(x, weight, g), p, int(seed), res.device):
         if g is None: acc[r,o] = (weight[o,None]@(m*x[r]).mT)[:,0].T
