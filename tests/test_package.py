@@ -55,4 +55,4 @@ def test_modules_come_from_notebooks():
 def test_readme_commands():
     "One command runs the main job, one the tests; `.ci/run` finds the second by its beginning and its end"
     lines = (cfg.config_path/'README.md').read_text(encoding='utf-8').splitlines()
-    assert [o for o in lines if re.match('pip install .* && ', o)]==['pip install . && fastattn-train', 'pip install -e ".[dev]" && pytest']
+    assert [o for o in lines if re.match('pip install .* && ', o)]==['pip install . && fastattn-train', 'pip install -e ".[dev]" && pytest -n auto']
