@@ -22,6 +22,8 @@ class Waits(TorchFunctionMode):
         if name in self.names and isinstance(args[0], torch.Tensor): raise RuntimeError(f'{name} waits for the device')
         moves = [str(o) for o in (*args[1:],*(kwargs or {}).values()) if isinstance(o, (str,torch.device))]
         if name=='to' and 'cpu' in moves: raise RuntimeError('to(cpu) waits for the device')
+        if name in ('tensor','as_tensor') and not isinstance(args[0], torch.Tensor) and 'device' in (kwargs or {}):
+            raise RuntimeError(f'{name} of numbers waits for the device')
         return func(*args, **(kwargs or {}))
 
 class HiddenWaits(TorchDispatchMode):
@@ -47,7 +49,7 @@ def no_waits(device):
 
 @pytest.mark.parametrize('f', [lambda x: x.sum().item(), lambda x: x.tolist(), lambda x: bool(x.any()), lambda x: x[x>0],
     lambda x: x.nonzero(), lambda x: x.cpu(), lambda x: x.to('cpu'), lambda x: float(x.sum()), lambda x: x.masked_select(x>0),
-    lambda x: int(x.argmax())])
+    lambda x: int(x.argmax()), lambda x: torch.tensor([1.,2.], device=x.device), lambda x: torch.as_tensor(1, device=x.device)])
 def test_waits_are_seen(f):
     with pytest.raises(RuntimeError, match='waits for the device'), no_waits(torch.device('cpu')): f(torch.randn(3, 4))
 
@@ -78,14 +80,10 @@ cases = {
     'local 2-D large': (lambda: Local2DAttention(16, 1, 2), images(24,24,16)),
     'xresnet18': (lambda: xresnet18_ssa(n_out=3, widen=0.25), images(3,32,32)),
     'projection classifier': (lambda: ProjectionClassifier((8,8), 4, 3), images(1,8,8)),
-    'nonlinear': (lambda: NonLinearTransformer(10, 16, 8, 2, 2, 1), torch.randint(0, 10, (2,8,8)))}
+    'nonlinear': (lambda: NonLinearTransformer(10, 16, 8, 2, 2, 1), torch.randint(0, 10, (2,8,8))),
+    'nonlinear classes': (lambda: NonLinearTransformer(10, 16, 8, 2, 2, 1, n_labels=3), torch.randint(0, 10, (2,8,8)))}
 
-# What waits once for each batch, and why
-reads = {'nonlinear': 'the range of the tokens is checked'}
-
-def waits(name): return pytest.param(name, marks=pytest.mark.xfail(reason=reads[name], raises=RuntimeError))
-
-@pytest.mark.parametrize('name', [waits(o) if o in reads else o for o in cases])
+@pytest.mark.parametrize('name', cases)
 def test_step(name, device):
     "Forward and backward of a second training step, when tables are made, do not wait"
     torch.manual_seed(0)
@@ -109,7 +107,7 @@ def test_augmentation(name, device):
     assert (batch(device)-batch(torch.device('cpu'))).abs().max()<=1
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16,torch.float16])
-@pytest.mark.parametrize('name', [o for o in cases if o not in reads])
+@pytest.mark.parametrize('name', cases)
 def test_autocast_step(name, dtype, device):
     "A training step in mixed precision: finite, and parameters' gradients in fp32 on their device"
     torch.manual_seed(0)
@@ -121,7 +119,7 @@ def test_autocast_step(name, dtype, device):
     assert grads
     for g in grads: assert g.dtype==torch.float32 and g.device.type==device.type and g.isfinite().all()
 
-@pytest.mark.parametrize('name', [o for o in cases if o!='nonlinear'])
+@pytest.mark.parametrize('name', [o for o in cases if not o.startswith('nonlinear')])
 def test_same_seed(name, device):
     "The same seed gives the same gradients, bit for bit"
     make,x = cases[name]

@@ -1,6 +1,7 @@
 "Rotation, local 2-D attention, the non-linear transformer, its training and writing, and matrices of tokens"
 import copy,math
 import pytest,torch
+from fractions import Fraction
 from hypothesis import given,settings,strategies as st
 from matplotlib import pyplot as plt
 from fastai.basics import DataLoaders,load_learner,set_seed
@@ -14,9 +15,10 @@ from fastattn.layers.local import local_attention
 from fastattn.layers.local2d import Local2DAttention,NonLinearBlock
 from fastattn.layers.position import GaussianSpan,rotary
 from fastattn.learner import nonlinear_learner
-from fastattn.models.nonlinear import NonLinearTransformer
+from fastattn.models.nonlinear import NonLinearTransformer,_halton
 from fastattn.recipes.data import TokenMatrices,get_tokens
 from fastattn.recipes.train import train
+from test_device import no_waits
 
 few = settings(deadline=None, derandomize=True, max_examples=30)
 
@@ -150,6 +152,19 @@ def test_precision():
     (lambda: small()(torch.ones(5, 5, dtype=torch.bool)), 'tokens must be whole numbers'),
     (lambda: small(n_labels=3)(torch.zeros(5, 5, dtype=torch.long), label=0.5), 'label must be whole numbers'),
     (lambda: small().generate(top_k=0), 'top_k must be at least 1'),
+    *[(lambda o=o: small().generate(order=o), 'unknown order') for o in ('halten','',None,3,[0,1])],
+    (lambda: small().generate(order='halten'), "Did you mean 'halton'"),
+    (lambda: small().generate(order=torch.arange(25)), r'order must be whole numbers, one for each cell of 5x5, got torch.int64 of shape \(25,\)'),
+    (lambda: small().generate((2,5,5), order=torch.arange(75).view(3, 5, 5)), 'one for each cell of 5x5'),
+    (lambda: small().generate(order=torch.arange(25.).view(5, 5)), 'order must be whole numbers'),
+    (lambda: small().generate(order=torch.arange(1, 26).view(5, 5)), 'each rank from 0 to 24 once, got 1 to 25'),
+    (lambda: small().generate(order=torch.arange(25).clamp(min=1).view(5, 5)), 'each rank from 0 to 24 once'),
+    (lambda: small().generate((2,5,5), order=torch.arange(50).view(2, 5, 5)), 'each rank from 0 to 24 once, got 0 to 49'),
+    *[(lambda o=o: small(n_labels=3).generate(label=1, guidance=o), 'guidance must be from 0 to 1e6') for o in (-1,math.nan,math.inf,'1',None)],
+    (lambda: small().generate(guidance=1.), 'guidance needs a model with classes'),
+    (lambda: small(n_labels=3).generate(guidance=1.), 'guidance needs the class to write'),
+    *[(lambda o=o: small().generate(remask=o), 'remask must be at least 0 and below 1') for o in (-0.1,1,1.5,math.nan,'0.1',None)],
+    *[(lambda o=o: small().generate(top_p=o), 'top_p must be above 0 and at most 1') for o in (0,-0.1,1.1,math.nan,'1',None)],
     (lambda: small().generate((5,)), 'prompt must be 2 whole numbers'),
     (lambda: small().generate(5), 'prompt must be 2 whole numbers'),
     (lambda: small().generate((5,0)), 'prompt must be 2 whole numbers'),
@@ -234,10 +249,45 @@ def test_every_parameter_has_a_gradient():
         m(x, **kwargs).sum().backward()
         assert all(p.grad is not None for p in m.parameters() if p.requires_grad)
 
-def test_meta_check():
-    "The checks of tokens and labels, which look at values, are left out on the meta device"
-    m,x = small(n_labels=3).to('meta'),torch.zeros(2, 5, 5, dtype=torch.long, device='meta')
-    assert m._check(x, None) is None and m._labels(torch.zeros(2, dtype=torch.long, device='meta'), 2, 'meta').is_meta
+@pytest.mark.parametrize('kwargs', [{},dict(n_labels=3),dict(window_size=None),dict(window_size='gaussian'),dict(global_every=2)])
+@pytest.mark.parametrize('shape', [(1,5,20),(5,6),(0,3,3)])
+def test_meta(kwargs, shape):
+    "Forward and backward, by models that were moved there and that were built there; labels by numbers and by tensors"
+    x = torch.zeros(shape, dtype=torch.long, device='meta')
+    with torch.device('meta'): built = small(iterations=1, **kwargs)
+    for m in (built,small(iterations=1, **kwargs).to('meta')):
+        for label in (1,torch.zeros(shape[:-2], dtype=torch.long, device='meta')) if m.label else (None,):
+            y = m(x, x.bool(), label)
+            y.sum().backward()
+            assert y.is_meta and y.shape==(*shape,7) and m(x, label=label).shape==y.shape
+
+def test_values_are_not_read():
+    "Wrong tokens and labels raise on a CPU; with right ones no value is read"
+    m,x = small(n_labels=3),torch.randint(0, 7, (2,5,5))
+    with no_waits(torch.device('cpu')): m(x, x==3, 1).sum().backward()
+    with no_waits(torch.device('cpu')): m(x, x==3, torch.tensor([0,3])).sum().backward()
+    for bad in (7,-1,10**12):
+        with pytest.raises(ValueError, match=f'tokens must be from 0 to 6, got .*{bad}'): m(x.index_fill(1, torch.tensor(2), bad))
+        with pytest.raises(ValueError, match=f'label must be from 0 to 2 .or 3 for none., got {bad} to {bad}'): m(x, label=bad if bad!=7 else torch.tensor(7))
+
+@pytest.fixture
+def alone(tmp_path):
+    "A group of one process"
+    torch.distributed.init_process_group('gloo', init_method=f'file://{tmp_path}/group', rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+@pytest.mark.parametrize('n_labels', [0,3])
+def test_ddp(alone, n_labels):
+    "Batches with and without masks and classes, in turn: DistributedDataParallel wants a gradient of every parameter in each"
+    m,x = small(n_labels=n_labels),torch.randint(0, 7, (2,5,5))
+    parallel = nn.parallel.DistributedDataParallel(m)
+    masks = (None,torch.zeros_like(x, dtype=torch.bool),x==3,torch.ones_like(x, dtype=torch.bool),None)
+    for i,mask in enumerate(masks):
+        m.zero_grad()
+        parallel(x, mask, i%4 if n_labels else None).square().sum().backward()
+        assert all(p.grad is not None for p in m.parameters() if p.requires_grad)
+        assert (m.masked.grad.abs().max()>0)==(mask is not None and mask.any().item())
 
 # Writing
 
@@ -265,6 +315,149 @@ def test_one_cell_at_a_time():
     frames = small().generate((4,5), steps=20, frames=True)
     written = [(o>=0).sum().item() for o in frames]
     assert written[0]==0 and written[-1]==20 and all(a<=b for a,b in zip(written, written[1:]))
+
+# Order, guidance, masking again, nucleus
+
+def halton(rows, cols):
+    "Ranks by fractions, point after point"
+    def inverse(i, base):
+        x,f = Fraction(0),Fraction(1, base)
+        while i: x,i,f = x+f*(i%base),i//base,f/base
+        return x
+    ranks,i = {},1
+    while len(ranks)<rows*cols:
+        ranks.setdefault((int(inverse(i, 2)*rows),int(inverse(i, 3)*cols)), len(ranks))
+        i += 1
+    return torch.tensor([[ranks[r,c] for c in range(cols)] for r in range(rows)])
+
+@few
+@given(st.integers(1, 12), st.integers(1, 12))
+def test_halton(rows, cols): assert torch.equal(_halton(rows, cols), halton(rows, cols))
+
+@few
+@given(st.data())
+def test_order_is_kept(data):
+    "Each step writes the cells of the lowest ranks, as many as the schedule says"
+    shape = [data.draw(st.integers(1, 3)),data.draw(st.integers(1, 5)),data.draw(st.integers(1, 5))]
+    n,steps,temperature = shape[1]*shape[2],data.draw(st.integers(1, 9)),data.draw(st.sampled_from([0.,1.]))
+    each = torch.stack([torch.randperm(n).view(shape[1:]) for _ in range(shape[0])])
+    order,ranks = data.draw(st.sampled_from([('halton',halton(*shape[1:]).expand(shape)),(each,each),(each[0].int(),each[:1].expand(shape))]))
+    prompt = torch.randint(0, 7, shape).masked_fill(torch.rand(shape)<0.7, -1)
+    frames = small().generate(prompt, steps=steps, temperature=temperature, order=order, frames=True)
+    for i,frame in enumerate(frames):
+        for ours,given_,rank in zip(frame, prompt, ranks):
+            todo = (given_<0).sum().item()
+            late = rank[given_<0].sort().values[todo-todo*(steps-i)//steps:] # what is still masked
+            assert set(rank[ours<0].tolist())==set(late.tolist())
+            assert torch.equal(ours[given_>=0], given_[given_>=0])
+
+def test_random_order():
+    "Each matrix and call has its own, the generator's"
+    def first(seed): return small().generate((50,3,3), steps=9, order='random', frames=True, generator=torch.Generator().manual_seed(seed))[1]>=0
+    assert torch.equal(first(0), first(0)) and not torch.equal(first(0), first(1))
+    assert (first(0).flatten(1).sum(1)==1).all() and first(0).any(0).all()
+
+def test_neutral_options_change_nothing():
+    m = small(n_labels=3)
+    def write(**kwargs): return m.generate((3,5,5), label=1, generator=torch.Generator().manual_seed(3), **kwargs)
+    want = write()
+    for kwargs in (dict(order='certain'), dict(guidance=0), dict(remask=0), dict(top_p=1), dict(top_k=7)): assert torch.equal(write(**kwargs), want)
+    assert torch.equal(write(top_p=1e-9, order='halton'), write(temperature=0, order='halton'))
+    assert torch.equal(m.generate((3,5,5), label=3, guidance=5., order='halton', temperature=0), m.generate((3,5,5), order='halton', temperature=0)) # no class
+
+def former(model, prompt, steps, generator, label=None, temperature=1.):
+    "Writing as it was before there were options"
+    tokens,todo = prompt.clamp(min=0),prompt<0
+    n = todo.flatten(1).sum(1)
+    for i in range(steps):
+        logits = model(tokens, todo, label).float()
+        left = n*(steps-1-i)//steps
+        noise = torch.rand(todo.shape, generator=generator).clamp(1e-6, 1-1e-6).log().neg().log()
+        logp = logits.log_softmax(-1)
+        keys = -(logp.exp()*logp).sum(-1)+0.5*(1-i/steps)*noise
+        rank = keys.masked_fill(~todo, math.inf).flatten(1).argsort(1).argsort(1)
+        now = (rank<(todo.flatten(1).sum(1)-left)[:,None]).view_as(todo) & todo
+        drawn = torch.multinomial((logits/temperature).softmax(-1).flatten(0, -2), 1, generator=generator).view(todo.shape)
+        tokens,todo = torch.where(now, drawn, tokens),todo & ~now
+    return tokens
+
+@pytest.mark.parametrize('kwargs', [{},dict(label=torch.tensor([0,3])),dict(temperature=0.7)])
+def test_default_is_the_former_way(kwargs):
+    m,prompt = small(n_labels=3).eval(),torch.full((2,5,6), -1)
+    prompt[:,2] = 4
+    ours = m.generate(prompt, steps=7, generator=torch.Generator().manual_seed(0), **kwargs)
+    with torch.no_grad(): assert torch.equal(ours, former(m, prompt, 7, torch.Generator().manual_seed(0), **kwargs))
+
+class Scores(NonLinearTransformer):
+    "The same scores in every cell, one set for each class, the last for none; calls are counted"
+    def __init__(self, *scores):
+        super().__init__(len(scores[0]), 4, heads=1, n_labels=len(scores)-1)
+        self.scores,self.calls = torch.tensor(scores),0
+    def forward(self, tokens, mask=None, label=None):
+        self.calls += 1
+        label = self._labels(label, len(tokens), tokens.device)
+        return self.scores[label][:,None,None].expand(*tokens.shape, -1)
+
+def shares(model, **kwargs):
+    "How often each token is written"
+    return torch.bincount(model.generate((1,100,200), generator=torch.Generator().manual_seed(0), **kwargs).flatten(), minlength=model.vocab_size)/20000
+
+def test_guidance():
+    m = Scores([1.,0.,0.,-1.], [0.,0.,2.,0.], [0.,0.5,0.,0.])
+    for w in (0,0.5,2.):
+        want = ((1+w)*m.scores[0]-w*m.scores[2]).softmax(0)
+        assert (shares(m, label=0, guidance=w, order='random')-want).abs().max()<0.015
+    each = m.generate((2,50,50), label=torch.tensor([0,1]), guidance=30., order='halton')
+    assert (each[0]==0).all() and (each[1]==2).all() # and on a prompt:
+    prompt = torch.full((4,4), -1)
+    prompt[0] = 3
+    assert m.generate(prompt, label=1, guidance=30.).tolist()==[[3]*4,*[[2]*4]*3]
+
+@pytest.mark.parametrize('top_p,kept', [(0.01,1),(0.49,1),(0.51,2),(0.79,2),(0.81,3),(0.96,4),(1.,4)])
+def test_nucleus(top_p, kept):
+    probs = torch.tensor([0.3,0.5,0.05,0.15])
+    m = Scores(probs.log().tolist(), [0.]*4)
+    want = torch.where(torch.isin(torch.arange(4), probs.argsort(descending=True)[:kept]), probs, 0)
+    got = shares(m, label=0, top_p=top_p)
+    assert ((got>0)==(want>0)).all() and (got-want/want.sum()).abs().max()<0.015
+
+@few
+@given(st.data())
+def test_remask(data):
+    "The schedule and what is given stay; each step masks again the asked share of what was written, as far as the schedule has room"
+    m,shape = small(n_labels=3),[data.draw(st.integers(1, 3)),data.draw(st.integers(1, 6)),data.draw(st.integers(1, 6))]
+    prompt = torch.randint(0, 7, shape).masked_fill(torch.rand(shape)<data.draw(st.sampled_from([0.,0.6,1.])), -1)
+    steps,remask = data.draw(st.integers(1, 9)),data.draw(st.sampled_from([0.25,0.5,0.75]))
+    options = dict(order=data.draw(st.sampled_from(['certain','halton','random'])), temperature=data.draw(st.sampled_from([0.,1.])), guidance=data.draw(st.sampled_from([0,1])))
+    frames = m.generate(prompt, steps=steps, remask=remask, label=1, frames=True, **options)
+    todo = (prompt<0).flatten(1).sum(1)
+    for i,(a,b) in enumerate(zip(frames, frames[1:])):
+        left = todo*(steps-1-i)//steps
+        written = ((prompt<0)&(a>=0)).flatten(1).sum(1)
+        assert torch.equal((b<0).flatten(1).sum(1), left)
+        assert torch.equal(((a>=0)&(b<0)).flatten(1).sum(1), (remask*written).long().minimum(left))
+        assert torch.equal(torch.where(prompt>=0, b, prompt), prompt) and ((a==b)|(a<0)|(b<0)).all()
+
+def test_remask_prefers_the_improbable():
+    "Chances are as exp(-probability): with tokens of 0.9 and 0.1, and few cells masked again, 2.2 to 1"
+    m = Scores([math.log(0.9),math.log(0.1)], [0.,0.])
+    a,b,c = m.generate((1,300,300), steps=3, label=0, order='halton', remask=0.1, frames=True, generator=torch.Generator().manual_seed(0))[1:]
+    again = (a>=0)&(b<0)
+    odds = (again&(a==1)).sum()/(a==1).sum()/((again&(a==0)).sum()/(a==0).sum())
+    assert again.sum()==3000 and odds.item()==pytest.approx(math.exp(0.8), rel=0.15)
+    a,b,_ = m.generate((1,30,30), steps=3, label=0, order='halton', remask=0.01, temperature=0, frames=True)[1:]
+    assert ((a>=0)&(b<0)).sum()==3
+
+@pytest.mark.parametrize('order', ['certain','halton','random',torch.arange(25).view(5, 5)])
+def test_generate_on_meta(order):
+    y = small(n_labels=3).to('meta').generate((2,5,5), steps=3, label=1, order=order, guidance=1, remask=0.2, top_p=0.9)
+    assert y.is_meta and y.shape==(2,5,5)
+
+@pytest.mark.parametrize('kwargs', [{},dict(remask=0.5),dict(guidance=1),dict(order='halton', remask=0.2, guidance=1, top_p=0.9)])
+def test_calls_of_the_model(kwargs):
+    m = Scores([0.,0.], [0.,0.])
+    m.generate((2,5,5), steps=6, label=0, **kwargs)
+    assert m.calls==6
 
 def test_writes_what_it_has_learned():
     "Two patterns, one for each class"

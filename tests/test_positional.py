@@ -1,5 +1,6 @@
 "Encodings, spans, the layer and the model: formulas, extremes, options, and what must survive in use"
 import copy,math,pickle
+import fastai.callback.schedule # fine_tune
 import pytest,torch
 from hypothesis import given,settings,strategies as st
 from torch import nn
@@ -219,6 +220,19 @@ def test_constant_frequencies_stay():
     fixed = SirenEncoding(2, 8)
     fixed.load_state_dict(learned.state_dict())
     assert fixed.w0.tolist()==[7.,7.]
+
+@pytest.mark.parametrize('full', [False,True])
+def test_constant_span_stays(full):
+    few = [(torch.randn(1, 4, 4),i%2) for i in range(8)]
+    dls = DataLoaders.from_dsets(few, few, bs=4, num_workers=0)
+    span = GaussianSpan(2, 0.2, full=full, learn=False)
+    learn = positional_learner(dls, dim=8, depth=1, heads=2, n_out=2, loss_func=nn.CrossEntropyLoss(), span=span)
+    with learn.no_bar(),learn.no_logging(): learn.fine_tune(1, 0.1)
+    m = learn.model.blocks[0].attn.span
+    assert torch.equal(m.log_sigma, span.log_sigma) and not list(m.parameters()) and m.state_dict().keys()==GaussianSpan(2, full=full).state_dict().keys()
+    fixed = GaussianSpan(2, full=full, learn=False)
+    fixed.load_state_dict(GaussianSpan(2, 0.1, full=full).state_dict())
+    assert torch.equal(fixed.radius, GaussianSpan(2, 0.1, full=full).radius)
 
 def test_nothing_decays():
     m = PositionalSelfAttention(8, 2)

@@ -29,7 +29,7 @@ def relative(
     "Offsets as a share of the largest that the grid has: from -1 to 1"
     if torch.compiler.is_exporting(): # sizes may be symbols
         return torch.stack([o/torch.sym_max(1, s-1) for o,s in zip(steps.unbind(-1), grid)], -1)
-    return steps/torch.tensor([max(1, s-1) for s in grid], device=steps.device, dtype=steps.dtype)
+    return steps/torch.stack([steps.new_full((), max(1, s-1)) for s in grid]) # filled there: a copy from the CPU would wait for the device
 
 def _at_least_float32(dtype): return torch.promote_types(dtype, torch.float32)
 
@@ -167,8 +167,11 @@ class GaussianSpan(nn.Module):
         if not (is_number(sigma) and sigma>0): raise ValueError(f"sigma must be positive and finite, got {sigma!r}")
         if not (is_number(threshold) and 0<=threshold<1): raise ValueError(f"threshold must be in [0, 1), got {threshold!r}")
         self.ndim,self.threshold,self.full,self.start = ndim,threshold,full,sigma
-        self.log_sigma = nn.Parameter(torch.empty(heads, ndim), requires_grad=learn)
-        if full: self.lean_sigma = nn.Parameter(torch.empty(heads, ndim*(ndim-1)//2), requires_grad=learn)
+        def add(name, size): # a parameter would be trained once a Learner unfreezes it
+            if learn: self.register_parameter(name, nn.Parameter(torch.empty(heads, size)))
+            else: self.register_buffer(name, torch.empty(heads, size))
+        add('log_sigma', ndim)
+        if full: add('lean_sigma', ndim*(ndim-1)//2)
         self.register_buffer('radius', torch.empty(heads, ndim))
         self.reset_parameters()
 

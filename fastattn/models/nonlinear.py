@@ -10,16 +10,17 @@ import math,torch
 from contextlib import contextmanager
 from fastcore.basics import patch
 from fastprogress.fastprogress import progress_bar
-from numbers import Integral,Real
+from numbers import Real
 from torch import nn
-from ..core import check_least,is_number,is_whole
+from typing import NamedTuple
+from ..core import check_least,check_name,is_number,is_whole
 from ..layers.local2d import Local2DAttention,NonLinearBlock
 from ..layers.position import SirenEncoding,window_steps
 
 # %% ../../nbs/models/04_nonlinear.ipynb #d5c90f91
 class NonLinearTransformer(nn.Module):
     """Scores for the tokens of a matrix, from those around: embeddings, `depth` blocks of local 2-D attention applied `iterations` times, a linear head.
-    Raises `ValueError` for invalid sizes, tokens, masks and labels"""
+    Raises `ValueError` for invalid sizes, tokens, masks and labels; numbers out of range are found on a CPU only, other devices are not waited for"""
     def __init__(self,
         vocab_size:int, # Number of tokens
         embed_size:int=128, # Channels inside; a multiple of 4 for each head
@@ -60,10 +61,13 @@ class NonLinearTransformer(nn.Module):
         if tokens.dim()==2: return self.forward(tokens[None], None if mask is None else mask[None], label)[0]
         self._check(tokens, mask)
         if mask is None: mask = torch.zeros_like(tokens, dtype=torch.bool) # so that `masked` has a gradient in every batch, as DistributedDataParallel asks
-        x = self.embed(tokens.long().masked_fill(mask, 0))
+        x = _look_up(self.embed, tokens.long().masked_fill(mask, 0), f'tokens must be from 0 to {self.vocab_size-1}')
         x = torch.where(mask[...,None], self.masked.to(x.dtype), x)
         x = x+self.place(window_steps([s-1 for s in tokens.shape[1:]], tokens.device)[::2,::2], tokens.shape[1:]) # from -1 to 1
-        if self.label is not None: x = x+self.label(self._labels(label, len(tokens), tokens.device))[:,None,None]
+        if self.label is not None:
+            none = self.label.num_embeddings-1
+            labels = self._labels(label, len(tokens), tokens.device)
+            x = x+_look_up(self.label, labels, f'label must be from 0 to {none-1} (or {none} for none)')[:,None,None]
         elif label is not None: raise ValueError("a label needs a model with classes, NonLinearTransformer(n_labels=...)")
         x = self.drop(x)
         for _ in range(self.iterations): x = self.blocks(x)
@@ -72,18 +76,20 @@ class NonLinearTransformer(nn.Module):
     def _check(self, tokens, mask):
         if tokens.dim()!=3 or not _whole(tokens): raise ValueError(f"tokens must be whole numbers, (batch, rows, columns) or (rows, columns), got {tokens.dtype} of shape {tuple(tokens.shape)}")
         if mask is not None and (mask.shape!=tokens.shape or mask.dtype!=torch.bool): raise ValueError(f"mask must be bool and of the shape of tokens, {tuple(tokens.shape)}, got {mask.dtype} of shape {tuple(mask.shape)}")
-        if torch.compiler.is_compiling() or tokens.is_meta or not tokens.numel(): return
-        seen = tokens if mask is None else tokens.masked_fill(mask, 0)
-        if not 0<=seen.min()<=seen.max()<self.vocab_size: raise ValueError(f"tokens must be from 0 to {self.vocab_size-1}, got {seen.min().item()} to {seen.max().item()}")
 
     def _labels(self, label, n, device):
-        none = self.label.num_embeddings-1
-        label = torch.as_tensor(none if label is None else label, device=device)
+        "(n,)"
+        if label is None: label = self.label.num_embeddings-1
+        if isinstance(label, Real): label = torch.full((n,), label, device=device) # filled there: a copy from the CPU would wait for the device
+        label = torch.as_tensor(label, device=device)
         if label.shape not in ((),(n,)): raise ValueError(f"label must be one class, or one for each of {n} matrices, got shape {tuple(label.shape)}")
         if not _whole(label): raise ValueError(f"label must be whole numbers, got {label.dtype}")
-        label = label.long()
-        if not torch.compiler.is_compiling() and not label.is_meta and label.numel() and not 0<=label.min()<=label.max()<=none: raise ValueError(f"label must be from 0 to {none-1} (or {none} for none), got {label.min().item()} to {label.max().item()}")
-        return label.expand(n)
+        return label.long().expand(n)
+
+def _look_up(embedding, index, allowed):
+    "`embedding(index)`. On a CPU this itself finds numbers that are out of range; other devices are not asked for values, which would wait for them"
+    try: return embedding(index)
+    except IndexError as e: raise ValueError(f"{allowed}, got {index.min().item()} to {index.max().item()}") from e
 
 def _whole(tensor): return not tensor.is_floating_point() and not tensor.is_complex() and tensor.dtype!=torch.bool
 
@@ -93,15 +99,63 @@ def _shape(o, n, what):
     return o
 
 # %% ../../nbs/models/04_nonlinear.ipynb #05a7ff73
-def _draw(logits, temperature, top_k, generator):
-    "Tokens (*) from scores (*, V)"
-    if temperature==0: return logits.argmax(-1)
-    if top_k is not None: logits = logits.masked_fill(logits<logits.topk(min(top_k, logits.shape[-1]), -1).values[...,-1:], -math.inf)
-    return torch.multinomial((logits/temperature).softmax(-1).flatten(0, -2), 1, generator=generator).view(logits.shape[:-1])
-
 def _entropy(logits):
     logp = logits.log_softmax(-1)
     return -(logp.exp()*logp).sum(-1)
+
+def _nucleus(probs, top_p):
+    "`probs` (*, V) with 0 for all but the likeliest tokens that together have at least `top_p`"
+    probs,tokens = probs.sort(-1, descending=True)
+    before = probs.cumsum(-1)-probs # what the likelier ones have
+    return torch.zeros_like(probs).scatter(-1, tokens, probs*(before<top_p))
+
+def _first(keys, among, count):
+    "Of the cells `among` (B, rows, columns) the `count` (B,) ones with the lowest `keys`, as a mask"
+    rank = keys.masked_fill(~among, math.inf).flatten(1).argsort(1).argsort(1)
+    return (rank<count[:,None]).view_as(among) & among
+
+class _Sampling(NamedTuple):
+    "The options of `generate`, checked"
+    temperature:float
+    top_k:int
+    top_p:float
+    ranks:torch.Tensor # When a cell is written, (B, rows, columns); None for the certain ones first
+    guidance:float
+    remask:float
+    generator:torch.Generator
+
+    def scores(self, model, tokens, todo, label):
+        "(B, rows, columns, V)"
+        if not self.guidance: return model(tokens, todo, label).float()
+        label = model._labels(label, len(tokens), tokens.device)
+        both = torch.cat((label, torch.full_like(label, model.label.num_embeddings-1))) # with their class, and without
+        told,untold = model(tokens.repeat(2, 1, 1), todo.repeat(2, 1, 1), both).float().chunk(2)
+        return told+self.guidance*(told-untold)
+
+    def draw(self, logits):
+        "Tokens (*) from scores (*, V)"
+        if self.temperature==0: return logits.argmax(-1)
+        if self.top_k is not None:
+            least = logits.topk(min(self.top_k, logits.shape[-1]), -1).values[...,-1:]
+            logits = logits.masked_fill(logits<least, -math.inf)
+        probs = (logits/self.temperature).softmax(-1)
+        if self.top_p<1: probs = _nucleus(probs, self.top_p)
+        return torch.multinomial(probs.flatten(0, -2), 1, generator=self.generator).view(logits.shape[:-1])
+
+    def noise(self, like):
+        "Minus Gumbel noise of the shape of `like`; none at temperature 0"
+        if self.temperature==0: return 0
+        return torch.rand(like.shape, generator=self.generator, device=like.device).clamp(1e-6, 1-1e-6).log().neg().log()
+
+    def keys(self, logits, todo, fade):
+        "The cells with the lowest ones are written next: (B, rows, columns)"
+        return _entropy(logits)+0.5*fade*self.noise(todo) if self.ranks is None else self.ranks
+
+    def again(self, probs, written, left):
+        "Which of the `written` cells to mask again, `left` (B,) at most; `probs` are those with which their tokens were drawn"
+        if not self.remask: return torch.zeros_like(written)
+        share = (self.remask*written.flatten(1).sum(1)).long()
+        return _first(probs+self.noise(probs), written, share.minimum(left))
 
 @contextmanager
 def _as_trained(model):
@@ -111,41 +165,102 @@ def _as_trained(model):
         with torch.no_grad(): yield model.eval()
     finally: model.train(training)
 
-def _write(model, prompt, steps, temperature, top_k, label, generator):
+def _write(model, prompt, steps, label, how):
     tokens,todo = prompt.clamp(min=0),prompt<0
-    frames,n = [prompt],todo.flatten(1).sum(1)
+    given,n = ~todo,todo.flatten(1).sum(1)
+    frames,probs = [prompt],torch.zeros(prompt.shape, device=prompt.device)
     for i in progress_bar(range(steps), leave=False) if steps>=100 else range(steps):
-        logits = model(tokens, todo, label).float()
-        left = n*(steps-1-i)//steps
-        chance = torch.rand(todo.shape, generator=generator, device=todo.device).clamp(1e-6, 1-1e-6).log().neg().log() if temperature else 0 # minus Gumbel noise, which fades
-        rank = (_entropy(logits)+0.5*(1-i/steps)*chance).masked_fill(~todo, math.inf).flatten(1).argsort(1).argsort(1)
-        now = (rank<(todo.flatten(1).sum(1)-left)[:,None]).view_as(todo) & todo
-        tokens,todo = torch.where(now, _draw(logits, temperature, top_k, generator), tokens),todo & ~now
+        logits = how.scores(model, tokens, todo, label)
+        left = n*(steps-1-i)//steps # masked cells after this step
+        again = how.again(probs, ~todo & ~given, left)
+        now = _first(how.keys(logits, todo, 1-i/steps), todo, todo.flatten(1).sum(1)-left+again.flatten(1).sum(1))
+        drawn = how.draw(logits)
+        if how.remask: probs = torch.where(now, logits.softmax(-1).gather(-1, drawn[...,None])[...,0], probs)
+        tokens,todo = torch.where(now, drawn, tokens),todo & ~now | again
         frames.append(tokens.masked_fill(todo, -1))
     return frames
+
+# %% ../../nbs/models/04_nonlinear.ipynb #5a0d1e02
+def _mirrored(numbers, base, size):
+    "The digits of `numbers` in `base` mirrored at the point, from 0 to 1, as one of `size` equal parts"
+    res,scale = torch.zeros_like(numbers),1
+    while numbers.any(): res,numbers,scale = res*base+numbers%base,numbers//base,scale*base
+    return res*size//scale
+
+def _halton(rows, cols):
+    "When Halton's sequence of bases 2 and 3 first comes to each cell, as ranks (rows, columns)"
+    cells = rows*cols
+    n = cells
+    while True:
+        numbers = torch.arange(1, n+1)
+        at = _mirrored(numbers, 2, rows)*cols+_mirrored(numbers, 3, cols)
+        first = torch.full((cells,), n+1).scatter_reduce(0, at, numbers, 'amin')
+        if first.max()<=n: return first.argsort().argsort().view(rows, cols)
+        n *= 2
+
+def _check_order(order, shape):
+    "Ranks for matrices of `shape` (B, rows, columns): whole numbers, each from 0 on once in every matrix"
+    if order.shape not in (shape[1:],shape) or not _whole(order):
+        raise ValueError(f"order must be whole numbers, one for each cell of {shape[1]}x{shape[2]}, got {order.dtype} of shape {tuple(order.shape)}")
+    n = shape[1]*shape[2]
+    if not torch.equal(order.flatten(-2).sort(-1).values.long(), torch.arange(n, device=order.device).expand(*order.shape[:-2], n)):
+        raise ValueError(f"order must have each rank from 0 to {n-1} once, got {order.min().item()} to {order.max().item()}, some of them twice or never")
+
+def _ranks(order, prompt, generator):
+    "When each cell of `prompt` (B, rows, columns) is written, in its shape; None for the certain ones first"
+    if isinstance(order, torch.Tensor): _check_order(order, prompt.shape)
+    else:
+        check_name(order, ('certain','halton','random'), 'order')
+        if order=='certain': return None
+        if order=='random': return torch.rand(prompt.shape, generator=generator, device=prompt.device)
+        order = _halton(*prompt.shape[1:])
+    return order.to(prompt.device).expand_as(prompt).float()
+
+# %% ../../nbs/models/04_nonlinear.ipynb #5a0d1e06
+def _check_number(name, value, ok, allowed):
+    if not (is_number(value) and ok(value)): raise ValueError(f"{name} must be {allowed}, got {value!r}")
+
+def _check_prompt(prompt, vocab_size):
+    "`prompt` as whole numbers that can hold -1, which uint8 cannot"
+    if not isinstance(prompt, torch.Tensor):
+        shape = _shape(prompt, 3 if isinstance(prompt, (tuple,list)) and len(prompt)==3 else 2, 'prompt')
+        return torch.full(shape, -1)
+    if prompt.dim() not in (2,3) or not prompt.numel():
+        raise ValueError(f"prompt must be (rows, columns) or (batch, rows, columns), and not empty; got shape {tuple(prompt.shape)}")
+    if not _whole(prompt): raise ValueError(f"prompt must be whole numbers, -1 in the cells to write, got {prompt.dtype}")
+    prompt = prompt.long()
+    if not prompt.is_meta and not -1<=prompt.min()<=prompt.max()<vocab_size:
+        raise ValueError(f"prompt must be -1, or tokens from 0 to {vocab_size-1}, got {prompt.min().item()} to {prompt.max().item()}")
+    return prompt
 
 @patch
 def generate(self:NonLinearTransformer,
     prompt=None, # (rows, columns) or (B, rows, columns) to write from nothing; or tokens, of such a shape, with -1 in the cells to write. Default: one matrix of `matrix_dim`
-    steps:int=8, # In how many steps
+    steps:int=8, # In how many steps, each a call of the model
     temperature:float=1., # Divides the scores; 0 takes the likeliest token
     top_k:int=None, # Draw from so many of the likeliest tokens only
     label=None, # Class to write, or one for each matrix
     generator=None, # `torch.Generator`, on the model's device
-    frames:bool=False # Return the matrix after each step too?
+    frames:bool=False, # Return the matrix after each step too?
+    order='certain', # Which cells come first: 'certain', 'halton' (far from those before), 'random'; or ranks, whole numbers from 0 in the shape of a matrix or of all
+    guidance:float=0., # How far to go beyond the class's scores, away from those without a class; needs `label`, and twice the time
+    remask:float=0., # Share of the written cells that each step masks again, in [0, 1)
+    top_p:float=1. # Draw from the likeliest tokens that together have this probability, in (0, 1]
 ): # Tokens of the shape asked for; with `frames` a list of `steps`+1 such, -1 where nothing is written yet
-    "Write a matrix of tokens in all directions at once, the most certain cells first; what is given stays. Raises `ValueError` for an invalid prompt, number, or label"
+    """Write a matrix of tokens in all directions at once, by default the most certain cells first; what is given stays.
+    Raises `ValueError` for an invalid prompt, number, order or label"""
     check_least(1, steps=steps)
-    if not isinstance(temperature, Real) or not (temperature==0 or 1e-6<=temperature<=1e6): raise ValueError(f"temperature must be at least 0, and 0 or from 1e-6 to 1e6, got {temperature!r}")
+    _check_number('temperature', temperature, lambda o: o==0 or 1e-6<=o<=1e6, 'at least 0, and 0 or from 1e-6 to 1e6')
+    _check_number('guidance', guidance, lambda o: 0<=o<=1e6, 'from 0 to 1e6')
+    _check_number('remask', remask, lambda o: 0<=o<1, 'at least 0 and below 1')
+    _check_number('top_p', top_p, lambda o: 0<o<=1, 'above 0 and at most 1')
     if top_k is not None: check_least(1, top_k=top_k)
-    device = self.head.weight.device
-    prompt = self.matrix_dim if prompt is None else prompt
-    if not isinstance(prompt, torch.Tensor): prompt = torch.full(_shape(prompt, 3 if isinstance(prompt, (tuple,list)) and len(prompt)==3 else 2, 'prompt'), -1)
-    if prompt.dim() not in (2,3) or not prompt.numel(): raise ValueError(f"prompt must be (rows, columns) or (batch, rows, columns), and not empty; got shape {tuple(prompt.shape)}")
-    if not _whole(prompt): raise ValueError(f"prompt must be whole numbers, -1 in the cells to write, got {prompt.dtype}")
-    prompt = prompt.long() # uint8 and other small types cannot hold -1
-    if not prompt.is_meta and not -1<=prompt.min()<=prompt.max()<self.vocab_size: raise ValueError(f"prompt must be -1, or tokens from 0 to {self.vocab_size-1}, got {prompt.min().item()} to {prompt.max().item()}")
-    with _as_trained(self): res = _write(self, prompt.to(device).view(-1, *prompt.shape[-2:]), steps, temperature, top_k, label, generator)
+    if guidance and self.label is None: raise ValueError("guidance needs a model with classes, NonLinearTransformer(n_labels=...)")
+    if guidance and label is None: raise ValueError("guidance needs the class to write, got label=None")
+    prompt = _check_prompt(self.matrix_dim if prompt is None else prompt, self.vocab_size)
+    batch = prompt.to(self.head.weight.device).view(-1, *prompt.shape[-2:])
+    how = _Sampling(temperature, top_k, top_p, _ranks(order, batch, generator), guidance, remask, generator)
+    with _as_trained(self): res = _write(self, batch, steps, label, how)
     res = [o.view(prompt.shape) for o in res]
     return res if frames else res[-1]
 
