@@ -1,5 +1,5 @@
-"Maps of attention, against what layers compute with them, and timm's own extraction"
-import matplotlib.pyplot as plt,numpy as np,pytest,timm,torch
+"Maps of attention, against what layers compute with them, and timm's own extraction; films of matrices"
+import io,matplotlib.pyplot as plt,numpy as np,PIL.Image,pytest,timm,torch
 from timm.layers import create_attn
 from timm.layers.non_local_attn import BatNonLocalAttn
 from timm.models.swin_transformer import SwinTransformerBlock
@@ -8,7 +8,7 @@ from torch import nn
 from torchvision import models as tv
 from torchvision.models.swin_transformer import ShiftedWindowAttention
 from fastai.vision.models.xresnet import xresnet18
-from fastattn.interpret import _all_maps,attention_map,show_attention
+from fastattn.interpret import _all_maps,attention_map,show_attention,show_film,show_grids
 from fastattn.models.insert import attn_layers,attns,insert_attn
 
 @pytest.fixture(autouse=True)
@@ -201,3 +201,49 @@ def test_no_scrambled_maps(arch):
     "Tokens that stand in an order of their own, in several windows, or channels that look at channels"
     m = timm.create_model(arch)
     assert all('cls' in k for k in maps_of(m, images((224,224)), (0,0)))
+
+# Films
+
+def pages(gif):
+    "The images of a GIF (RGB), and how long each stays"
+    im = PIL.Image.open(io.BytesIO(gif.data))
+    res = []
+    for i in range(getattr(im, 'n_frames', 1)):
+        im.seek(i)
+        res.append((np.asarray(im.convert('RGB')).astype(int),im.info.get('duration')))
+    return res,im.info.get('loop')
+
+def test_film_shows_each_frame():
+    "White, black and blue, where they belong, in order and for as long as asked; no figure stays open"
+    frames = [torch.full((2,3), -1),torch.tensor([[0,-1,2],[-1,-1,-1]]),torch.tensor([[0,2,2],[2,0,0]])]
+    before = plt.get_fignums()
+    shown,loop = pages(show_film(frames, 3, ms=100))
+    assert plt.get_fignums()==before and loop==0 and [o for _,o in shown]==[100,100,400]
+    colours = {-1: (31,119,180), 0: (0,0,0), 2: (255,255,255)} # tab:blue is 1f77b4
+    fig = show_grids(frames[:1], 3)
+    fig.canvas.draw()
+    ax = fig.axes[0]
+    for (picture,_),frame in zip(shown, frames):
+        for row in range(2):
+            for col in range(3):
+                x,y = ax.transData.transform((col,row)).round().astype(int)
+                assert np.abs(picture[len(picture)-1-y,x]-colours[frame[row,col].item()]).max()<8
+
+@pytest.mark.parametrize('frames,n', [([torch.zeros(1, 1, dtype=torch.long)],1),([torch.zeros(2, 2, 3),torch.ones(2, 2, 3)],2),(torch.arange(24).view(4, 3, 2)%7,4)])
+def test_film_of_batches_text_and_one_frame(frames, n):
+    frames = [o.long() for o in frames]
+    assert len(pages(show_film(frames, 7))[0])==len(pages(show_film(frames, 'abcdef\n', width=2.))[0])==n
+
+def test_film_rests_where_nothing_changes():
+    "Equal frames may be one image; the time is the same"
+    a,b = torch.zeros(2, 2, dtype=torch.long),torch.ones(2, 2, dtype=torch.long)
+    assert sum(t for _,t in pages(show_film([a,a,b,b], 2, ms=50))[0])==3*50+200
+
+@pytest.mark.parametrize('draw', [show_grids,show_film])
+@pytest.mark.parametrize('frames', [[],[torch.zeros(3)],[torch.zeros(2, 2),torch.zeros(2, 3)],[torch.zeros(0, 3)],[torch.zeros(0, 2, 2)],[torch.zeros(1, 1, 2, 2)],torch.zeros(0, 4, 4)])
+def test_what_are_no_matrices(draw, frames):
+    with pytest.raises(ValueError, match='frames must be matrices'): draw(frames, 3)
+
+@pytest.mark.parametrize('ms', [0,-1,19,10001,float('nan'),float('inf'),True,'400',None])
+def test_film_times(ms):
+    with pytest.raises(ValueError, match='ms must be from 20 to 10000'): show_film([torch.zeros(2, 2)], 3, ms=ms)
