@@ -438,3 +438,12 @@ def test_show_attention(attn):
     with pytest.raises(ValueError, match='of 32x48'): show_attention(m, torch.rand(1, 32, 48), (0,48))
     import matplotlib.pyplot as plt
     plt.close(fig)
+
+@pytest.mark.parametrize('make', [lambda: timm.create_model('xresnet18_ssa', num_classes=3), lambda: insert_attn(timm.create_model('resnet18', num_classes=3), 'ssa', stages=[1,2])], ids=['ours','inserted'])
+def test_fx(make):
+    "timm's feature extraction by torch.fx takes attention as one node"
+    m,x = make().eval(),torch.randn(1, 3, 64, 64)
+    last = timm.models.get_graph_node_names(m)[1][-1]
+    features = timm.models.create_feature_extractor(m, return_nodes={last: 'y'})
+    assert any('attn' in type(o).__name__.lower() for o in features.modules())
+    assert torch.equal(features(x)['y'], m(x))

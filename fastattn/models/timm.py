@@ -11,14 +11,15 @@ from pathlib import Path
 from safetensors.torch import load_file,save
 from torch import nn
 from fastai import layers as fastai_layers
-from timm.models import adapt_input_conv,build_model_with_cfg,checkpoint_seq,generate_default_cfgs,load_state_dict,register_model
+from timm.models import adapt_input_conv,build_model_with_cfg,checkpoint_seq,generate_default_cfgs,load_state_dict,register_model,register_notrace_module
 from timm.models._features import feature_take_indices
 from timm.models._hub import save_config_for_hf
 from timm.models._registry import split_model_name_tag
 from ..core import check_name,did_you_mean,write_atomic
 from ..layers.dropconnect import DropConnect
 from . import xresnet
-from .insert import attn_sites,attns,insert_attn,remove_attn
+from ..layers.simple import SimpleSelfAttention
+from .insert import AttnAfter,attn_sites,attns,insert_attn,remove_attn
 from .xresnet import archs,attn_xresnet,check_plain
 
 # %% ../../nbs/models/05_timm.ipynb #5cda580b
@@ -185,6 +186,8 @@ def _register(name):
 
 for o in _names:
     if not timm.is_model(o): _register(o)
+
+for o in (SimpleSelfAttention,AttnAfter): register_notrace_module(o) # one node for torch.fx: what they do depends on the shape
 
 # %% ../../nbs/models/05_timm.ipynb #38ac66b4
 _callables = ('act_cls','pool') # options of xresnets that are no numbers or words
