@@ -180,7 +180,7 @@ def test_sentences():
     far = answer(0.03, -0.02, 0.04, -0.01).sentences()[0]
     assert 'x** is open: +1.00 points' in far and 'more pairs would tell ±0.5 points' in far
     alike = answer(0.0025, 0.0025, 0.0025).sentences()[0]
-    assert 'in each pair alike' in alike and '3 pairs' in alike
+    assert 'in every pair' in alike and '3 pairs' in alike
     assert answer(0.01).sentences()==['**x** is open: +1.00 points, 1 pair.']
     failed = Answer([free('none', s, 0.9+s/100) for s in range(3)]+[free('x', 0, 0.95), free('x', 1, 0.95)]+[free('x', 2, 0.)|dict(state='failed', error='NaN in epoch 3')])
     assert '1 of 3 runs failed (NaN in epoch 3)' in failed.sentences()[0]
