@@ -184,7 +184,7 @@ def test_sentences():
     assert answer(0.01).sentences()==['**x** is open: +1.00 points, 1 pair.']
     failed = Answer([free('none', s, 0.9+s/100) for s in range(3)]+[free('x', 0, 0.95), free('x', 1, 0.95)]+[free('x', 2, 0.)|dict(state='failed', error='NaN in epoch 3')])
     assert '1 of 3 runs failed (NaN in epoch 3)' in failed.sentences()[0]
-    assert '1 runs of x and its baseline' in ' '.join(failed.notes())
+    assert 'same seed: 1 of x and its baseline' in ' '.join(failed.notes())
     none = Answer([free('none', 0, 0.9), free('x', 0, 0.)|dict(state='failed', error='why')])
     assert none.sentences()==['**x** has no finished run; 1 of 1 runs failed (why).']
 
@@ -200,7 +200,7 @@ def test_several():
     idle = [free(f'v{i}', s, 0.9+rng.normal(0, 0.01)) for i in range(14) for s in range(5)]
     d = [0.002,0.0035,0.001,0.004,0.0025]
     a = Answer(base+idle+[free('z', s, 0.9+d[s]) for s in range(5)])
-    assert a.rows.p['z']<0.05<a.rows.p_holm['z'] and a.rows.verdict['z']=='open' and 'one of 15 comparisons' in a.sentence('z')
+    assert a.rows.p['z']<0.05<a.rows.p_holm['z'] and a.rows.verdict['z']=='open' and 'correction for 15 comparisons' in a.sentence('z')
     looked = Answer([o|dict(protocol='looked') for o in a.runs])
     assert np.allclose([looked.rows.low['v0'],looked.rows.high['v0']], anytime_interval([o['value']-0.9 for o in idle[:5]], alpha=0.05/15))
     assert 'Bonferroni' in ' '.join(looked.notes()) and looked.rows.p.isna().all()
@@ -255,3 +255,8 @@ def test_pictures(tmp_path):
     for f in ('plot','plot_boxes','plot_curves'):
         getattr(a, f)(tmp_path/f'{f}.png')
         with Image.open(tmp_path/f'{f}.png') as im: assert im.size[0]>300
+
+def test_one_pair():
+    "The difference of one pair is that pair's, whatever runs without a partner say"
+    row = differences({0: 0.8, 1: 0.5}, {0: 0.7, 2: 0.1})
+    assert math.isclose(row['diff'], 0.1) and row['pairs']==1 and row['unpaired']==2

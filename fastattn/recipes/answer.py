@@ -188,10 +188,11 @@ def differences(
     None for what too few runs leave open, for runs that differ by the same each time, and for a p where looks were taken"""
     res = dict.fromkeys(_compared)
     xs,ys = np.array(list(a.values()), float),np.array(list(b.values()), float)
-    both = [k for k in a if k in b]
-    res.update(pairs=len(both), unpaired=len(a)+len(b)-2*len(both), anytime=anytime, diff=float(xs.mean()-ys.mean()))
+    pairs = np.array([v-b[k] for k,v in a.items() if k in b])
+    diff = pairs.mean() if len(pairs) else xs.mean()-ys.mean()
+    res.update(pairs=len(pairs), unpaired=len(a)+len(b)-2*len(pairs), anytime=anytime, diff=float(diff))
     if not anytime: res.update(_welch(xs, ys))
-    if len(both)>1: res.update(_paired(np.array([a[k]-b[k] for k in both]), anytime, alpha))
+    if len(pairs)>1: res.update(_paired(pairs, anytime, alpha))
     return res
 
 def holm(
