@@ -39,7 +39,7 @@ class Stop(Callback):
     def before_batch(self):
         if self.training and (self.epoch,self.iter)==self.at: raise KeyboardInterrupt
 
-configs = dict(ssa=dict(arch='xresnet18', attn='ssa', size=16), bf16=dict(arch='projection', precision='bf16', size=8), sym=dict(arch='xresnet18', attn='ssa_sym', channels_last=True, size=8), mixup=dict(arch='xresnet18', attn='eca', mixup=0.4, progressive=0.5, size=8, opt='sgd'),
+configs = dict(ssa=dict(arch='xresnet18', widen=0.25, attn='ssa', size=16), bf16=dict(arch='projection', precision='bf16', size=8), sym=dict(arch='xresnet18', widen=0.25, attn='ssa_sym', channels_last=True, size=8), mixup=dict(arch='xresnet18', widen=0.25, attn='eca', mixup=0.4, progressive=0.5, size=8, opt='sgd'),
     projection=dict(arch='projection', size=8), dropconnect=dict(arch='dropconnect', drop='dropconnect', hidden='20'), positional=dict(arch='positional', dim=8, depth=1, heads=2, size=6, penalty=1.),
     nonlinear=dict(arch='nonlinear', dim=16, heads=2, size=8))
 

@@ -65,7 +65,8 @@ def test_run_files(tmp_path):
         f = run_path(tmp_path/'runs', r['config'], r['seed'])
         assert json.loads(f.read_text())=={k: v for k,v in r.items() if k not in ('file','protocol')} and r['file']==str(f) and r['protocol']=='fixed'
         assert r['state']=='done' and len(r['epochs'])==1 and r['metric']=='accuracy' and r['value']==r['epochs'][-1]['accuracy']
-        assert set(r['epochs'][0])=={'epoch','train_loss','valid_loss','accuracy','time'}
+        gains = {'gains'} if r['config']['attn']=='ssa' else set()
+        assert set(r['epochs'][0])=={'epoch','train_loss','valid_loss','accuracy','time'}|gains
         assert {'fastattn','fastai','torch'}<=set(r['versions']) and r['params']>1e6 and r['time_s']>0 and r['device']
         assert abs(read_examples(r).mean()-r['value'])<1e-6 and len(read_examples(r))==397
     assert runs[2]['params']-runs[0]['params']==64*64+1 and runs[0]['processes']==1
