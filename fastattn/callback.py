@@ -51,7 +51,13 @@ def gain_of(
 
 def _rms(x): return x.detach().float().square().mean().sqrt().item()
 
-class GainRecorder(Callback):
+class _EpochRows(Callback):
+    "Keeps what `epoch_row` tells of each epoch in `rows`, and goes on with them after a resume"
+    def after_epoch(self): self.rows.append(self.epoch_row())
+    def state_dict(self): return dict(rows=self.rows)
+    def load_state_dict(self, state): self.rows = state['rows']
+
+class GainRecorder(_EpochRows):
     """Keep gain and share of each attention layer per epoch, in `rows` and in the run's file: the share is the RMS of what the layer adds over the RMS of its input,
     None where that is 0. Takes one more pass over 16 validation examples in an epoch, in eval mode, so that training stays what it is"""
     order = 56 # behind what changes the batch
@@ -73,9 +79,6 @@ class GainRecorder(Callback):
     def epoch_row(self):
         def gain(m): return None if (p := gain_of(m)) is None else p.item()
         return dict(gains=[dict(layer=k, gain=gain(m), share=self.shares.get(k)) for k,m in self.layers.items()]) if self.layers else {}
-    def after_epoch(self): self.rows.append(self.epoch_row())
-    def state_dict(self): return dict(rows=self.rows)
-    def load_state_dict(self, state): self.rows = state['rows']
 
 # %% ../nbs/01_callback.ipynb #ga1n0007
 class _ScaledStep:
@@ -156,7 +159,7 @@ class UpdateWindows(Callback):
     def before_batch(self):
         if self.training: update_windows(self.model)
 
-class SpanRecorder(Callback):
+class SpanRecorder(_EpochRows):
     "Keep sigma, window and share of dense cost of every `PositionalSelfAttention`, per epoch, in `rows` and in the run's file. Raises `ValueError` for a model without"
     hooks = ()
     def before_fit(self):
@@ -169,12 +172,9 @@ class SpanRecorder(Callback):
     def epoch_row(self):
         def sigma(m): return m.span.sigma.tolist() if isinstance(m.span, GaussianSpan) else None
         return dict(spans=[dict(layer=n, sigma=sigma(m), window=m.window(g), share=m.share(g)) for n,m in self.layers.items() if (g := self.grids.get(n))])
-    def after_epoch(self): self.rows.append(self.epoch_row())
     def after_fit(self):
         for h in self.hooks: h.remove()
         self.hooks = ()
-    def state_dict(self): return dict(rows=self.rows)
-    def load_state_dict(self, state): self.rows = state['rows']
 
 class SpanPenalty(Callback):
     """Add the price of the spans to the loss, so that they narrow unless width pays: `weight` times the share of all pairs that they hold, in the mean of

@@ -13,6 +13,7 @@ import numpy as np
 import PIL.Image
 import torch
 import torch.nn.functional as F
+from contextlib import contextmanager
 from functools import partial
 from math import prod
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -123,18 +124,24 @@ class _Watch(TorchDispatchMode):
         windows = [o for o in self.running if hasattr(o.layer, 'window_size') and hasattr(o.layer, 'shift_size')]
         if asked and asked[0].x is not None: self.seen.append(_Seen(asked[0], windows[-1] if windows else None, weights.detach().clone(), dim))
 
+@contextmanager
+def _evaluated(model):
+    "In evaluation mode for a while; then each module is in the mode that it was in"
+    training = [m for m in model.modules() if m.training]
+    try: yield model.eval()
+    finally:
+        for m in training: m.training = True
+
 def _watched(model, x):
     "What the layers of `model` compute when it sees `x`, in evaluation mode"
-    training = [m for m in model.modules() if m.training]
     fast = torch.backends.mha.get_fastpath_enabled()
     watch = _Watch(model)
     try:
         torch.backends.mha.set_fastpath_enabled(False) # it computes its softmax out of sight, as fused attention does
-        with torch.no_grad(),sdpa_kernel(SDPBackend.MATH),watch: model.eval()(x)
+        with torch.no_grad(),_evaluated(model),sdpa_kernel(SDPBackend.MATH),watch: model(x)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
         for o in watch.hooks: o.remove()
-        for m in training: m.training = True
     return watch.seen
 
 # %% ../nbs/04_interpret.ipynb #a1a10005
@@ -276,15 +283,13 @@ def _class_maps(model, x):
     seen,hooks = {},[]
     def see(stage, layer, args, out):
         if isinstance(out, torch.Tensor) and out.dim()==4: seen[stage] = out
-    training = [m for m in model.modules() if m.training]
     try:
         hooks += [o[-1].register_forward_hook(partial(see, i)) for i,o in enumerate(stages, 1)]
-        with torch.enable_grad():
-            y = model.eval()(x.clone().requires_grad_())
+        with torch.enable_grad(),_evaluated(model):
+            y = model(x.clone().requires_grad_())
             grads = torch.autograd.grad(y[0].max(), list(seen.values())) if seen else ()
     finally:
         for o in hooks: o.remove()
-        for m in training: m.training = True
     maps = {}
     for (stage,out),grad in zip(seen.items(), grads):
         last = out.shape[1]!=sites[stage].channels==out.shape[-1] # (1, rows, columns, C)

@@ -83,6 +83,12 @@ def _stack(ims, part=None):
     images = torch.from_numpy(np.stack(ims))[...,None] # (N, H, W, 1)
     return dict(images=images, sizes=torch.tensor([images.shape[1:3]]).expand(len(ims), 2))
 
+def _grey_dls(ims, size, bs, workers, cache, few):
+    "`DataLoaders` of grey images in memory that know their `label`, and whether they are `valid`"
+    px = np.stack([o for o in ims if not o.valid])/255
+    block = _grey_block(size, px.mean(), px.std(), attrgetter('label'), FuncSplitter(attrgetter('valid')))
+    return _loaders(ims, block, bs, workers, keep=None if cache is False else _stack, few=few)
+
 def digits_dls(
     size:int, # Pixels per side
     bs:int, # Batch size
@@ -91,10 +97,7 @@ def digits_dls(
     few:int=None # Training images of each class, taken at random, the same each time; None: all
 )->DataLoaders:
     "scikit-learn's digits, 1400 for training and 397 held out; one channel, normalised"
-    ims = _read_sklearn(size)
-    px = np.stack([o for o in ims if not o.valid])/255
-    block = _grey_block(size, px.mean(), px.std(), attrgetter('label'), FuncSplitter(attrgetter('valid')))
-    return _loaders(ims, block, bs, workers, keep=None if cache is False else _stack, few=few)
+    return _grey_dls(_read_sklearn(size), size, bs, workers, cache, few)
 
 # %% ../../nbs/recipes/00_data.ipynb #01bb9648
 def fetch_data(
@@ -304,6 +307,7 @@ def folder_dls(
 
 # %% ../../nbs/recipes/00_data.ipynb #sd000002
 _n_same = dict(train=4000, valid=1000)
+_n_patterns = 16
 
 def _pattern(rng, n_cells=3):
     "Which cells of a square are white: a third or more of them, and not all"
@@ -336,8 +340,6 @@ def _make_same(size):
             ims.append(im)
     return ims
 
-_n_patterns = 16
-
 def same_different_dls(
     size:int, # Pixels per side, at least 10
     bs:int, # Batch size
@@ -347,10 +349,7 @@ def same_different_dls(
 )->DataLoaders:
     "Two shapes far apart, the same or not: 4000 synthetic images for training and 1000 held out, always the same ones; one channel, normalised"
     check_least(10, size=size)
-    ims = _make_same(size)
-    px = np.stack([o for o in ims if not o.valid])/255
-    block = _grey_block(size, px.mean(), px.std(), attrgetter('label'), FuncSplitter(attrgetter('valid')))
-    return _loaders(ims, block, bs, workers, keep=None if cache is False else _stack, few=few)
+    return _grey_dls(_make_same(size), size, bs, workers, cache, few)
 
 # %% ../../nbs/recipes/00_data.ipynb #345c96d6
 datasets = dict(digits=digits_dls, mnist=mnist_dls, cifar10=cifar10_dls, imagenette=imagenette_dls, imagewoof=imagewoof_dls,
