@@ -260,3 +260,10 @@ def test_one_pair():
     "The difference of one pair is that pair's, whatever runs without a partner say"
     row = differences({0: 0.8, 1: 0.5}, {0: 0.7, 2: 0.1})
     assert math.isclose(row['diff'], 0.1) and row['pairs']==1 and row['unpaired']==2
+
+@pytest.mark.parametrize('n', [1,2,3])
+def test_too_few_that_differ_by_the_same(n):
+    "An interval without a bound, whatever the spread: not a number was what infinity times 0 gave"
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        assert anytime_interval([0.25]*n)==(-math.inf,math.inf)

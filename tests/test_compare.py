@@ -1,5 +1,6 @@
 "compare: any Learner, pairs, protocols, failures, folders; what is refused"
 import json,os,random,time
+from types import SimpleNamespace
 from functools import partial
 from pathlib import Path
 import numpy as np,pytest,torch
@@ -286,3 +287,7 @@ def test_leaderboard_of_compare():
     assert b.sentences()==a.sentences() and b.rows.equals(a.rows)
     c = a.more(1)
     assert leaderboard('r', show=False)['r'].sentences()==c.sentences()
+
+def test_time_left_is_never_negative():
+    plan = SimpleNamespace(until=0.5, hours=0.01, start=0., variants=[], seeds=[]) # began long ago
+    assert SweepProgress(plan)._left(0)==', at most 0 s left'

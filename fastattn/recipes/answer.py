@@ -35,7 +35,8 @@ def anytime_interval(
     if not 0<alpha<1: raise ValueError(f"alpha is a probability between 0 and 1, got {alpha!r}")
     d = np.asarray(differences, float)
     if d.ndim!=1 or not len(d): raise ValueError(f"differences must be a list of numbers, got shape {d.shape}")
-    half = _half_width(len(d), g, alpha)*(d.std(ddof=1)/math.sqrt(len(d)) if len(d)>1 else 1.)
+    half = _half_width(len(d), g, alpha)
+    if math.isfinite(half): half *= d.std(ddof=1)/math.sqrt(len(d))
     return float(d.mean()-half),float(d.mean()+half)
 
 def fixed_interval(

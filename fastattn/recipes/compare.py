@@ -228,7 +228,7 @@ class SweepProgress:
         return (self.done+share)/self.total
     def _left(self, share):
         "In words, how long it will take"
-        if self.total is None: return f", at most {_time(3600*self.plan.hours-(time.time()-self.plan.start))} left" if self.plan.hours else ''
+        if self.total is None: return f", at most {_time(max(0, 3600*self.plan.hours-(time.time()-self.plan.start)))} left" if self.plan.hours else ''
         mean = self._mean() or ((time.time()-self.began)/share if share else None)
         left = self.total-self.done-share
         return f", about {_time(mean*left)} left" if mean and left>0 else ''
