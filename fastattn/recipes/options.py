@@ -439,5 +439,6 @@ def board_row(
     versions = dict.fromkeys(', '.join(f'{k} {v}' for k,v in o['versions'].items()) for o in runs)
     accuracy = f"{sum(values)/len(values):.2%}" if values else 'no run finished'
     count = f"{len(values)}{', mean'*(len(values)>1)}"
-    row = f"|{config['size']}|{config['epochs']}|[fastattn {runs[0]['variant']}](link to your code)|{accuracy}|{count}|"
+    link = f"[fastattn {runs[0]['variant']}](link to your code)"
+    row = f"|{config['size']}|{config['epochs']}|{link}|{accuracy}|{count}|"
     return f"{row}\ncommit {', '.join(commits)}; {'; '.join(versions)}; data {runs[0]['archive']}"
