@@ -272,3 +272,19 @@ def test_nothing_before_the_answer():
     env = {k: v for k,v in os.environ.items() if k!='PYTHONWARNINGS'}
     p = subprocess.run([sys.executable, '-c', command('train'), '--help'], env=env, capture_output=True, text=True)
     assert p.returncode==0 and 'Warning' not in p.stderr and p.stdout.startswith('usage: fastattn-train')
+
+def test_commit(tmp_path, monkeypatch):
+    "A new run has the commit of the code: of the repository, else the one that pip has noted"
+    from importlib import metadata
+    from types import SimpleNamespace
+    from fastattn.recipes import run as run_mod
+    record = Run(tmp_path/'seed0.json', 'v', 0, {}, None, None)._start()
+    head = subprocess.run(['git','-C',os.path.dirname(mod.__file__),'rev-parse','HEAD'], capture_output=True, text=True).stdout.strip()
+    if head: assert record['commit'].rstrip('+')==head
+    def installed(noted): return lambda name: SimpleNamespace(read_text=lambda file: noted)
+    for noted,commit in (('{"url": "x", "vcs_info": {"vcs": "git", "commit_id": "abc"}}','abc'), ('{"url": "x", "dir_info": {}}',None), (None,None)):
+        monkeypatch.setattr(metadata, 'distribution', installed(noted))
+        assert run_mod._installed_commit()==commit
+    def missing(name): raise metadata.PackageNotFoundError(name)
+    monkeypatch.setattr(metadata, 'distribution', missing)
+    assert run_mod._installed_commit() is None

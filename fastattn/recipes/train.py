@@ -9,7 +9,7 @@ __all__ = ['build_learner', 'train', 'make_parser', 'words_of', 'main']
 import argparse,importlib,json,math,os,sys
 from contextlib import suppress
 from functools import partial
-from itertools import islice,product
+from itertools import product
 from pathlib import Path
 from fastai.callback.all import *
 from fastai.basics import Learner,LabelSmoothingCrossEntropy,num_distrib,set_seed
@@ -36,8 +36,8 @@ def build_learner(
     dls = _dls(c, known.data, workers)
     words = {k: c[k] for k in known.options if c[k] is not None}
     if 'arch' in known.func.__code__.co_varnames: words['arch'] = c['arch']
-    learn = known.func(dls, **words, opt_func=partial(opt, **{k: c[k] for k in params}), wd=c['wd'], lr=c['lr'],
-        loss_func=LabelSmoothingCrossEntropy(eps=c['smooth']), cbs=_callbacks(c, known))
+    learn = known.func(dls, **words, opt_func=partial(opt, **{k: c[k] for k in params}), loss_func=LabelSmoothingCrossEntropy(eps=c['smooth']),
+        wd=c['wd'], lr=c['lr'], cbs=_callbacks(c, known))
     if c['compile']: learn.model.compile()
     set_seed(seed, reproducible=True)
     return learn
@@ -90,15 +90,15 @@ def _trackers(track, learn, record, path):
     return [module.WandbCallback(log=None, log_preds=False, log_model=False)]
 
 # %% ../../nbs/recipes/05_train.ipynb #a1d0e280
-def _check_numbers(config):
-    "Raise a `ValueError` for a number that training cannot use"
-    for k,least in dict(size=1, epochs=1, bs=2, wd=0, mixup=0, smooth=0).items():
-        if not config[k]>=least: raise ValueError(f"{k} must be at least {least}, got {config[k]}")
-    check_name(config['sched'], scheds, 'schedule')
-    check_name(config['precision'], ['fp32','bf16','fp16'], 'precision')
-    if not 0<config['lr']<math.inf: raise ValueError(f"lr must be positive, got {config['lr']}")
-    for k in ('smooth','mom','sqr_mom'):
-        if k in config and not 0<=config[k]<1: raise ValueError(f"{k} must be from 0 to less than 1, got {config[k]}")
+def _check_numbers(configs):
+    for c,(k,low) in product(configs, dict(size=1, epochs=1, bs=2, wd=0, mixup=0, smooth=0).items()):
+        if not c[k]>=low: raise ValueError(f"{k} must be at least {low}, got {c[k]}")
+    for c in configs:
+        check_name(c['sched'], scheds, 'schedule')
+        check_name(c['precision'], ['fp32','bf16','fp16'], 'precision')
+        if not 0<c['lr']<math.inf: raise ValueError(f"lr must be positive, got {c['lr']}")
+        for k in ('smooth','mom','sqr_mom'):
+            if k in c and not 0<=c[k]<1: raise ValueError(f"{k} must be from 0 to less than 1, got {c[k]}")
 
 def _check_out(out):
     try:
@@ -145,7 +145,7 @@ def _plan(configs, out, seeds, until, hours, workers):
 def _dry_run(plans):
     for plan in plans:
         progress = SweepProgress(plan)
-        runs = [v.run(seed) for seed in islice(plan.seeds, 1 if plan.until else 1000) for v in plan.variants]
+        runs = [v.run(seed) for seed,_ in zip(plan.seeds, range(1 if plan.until else 1000)) for v in plan.variants]
         records = {str(run): run.finished() for run in runs}
         for run in runs:
             if record := records[str(run)]: progress.known(run, record)
@@ -222,10 +222,16 @@ def train(
     """Train variants of a model with the same seeds, save each run in a file, and answer whether the idea helps.
     Raises `ValueError` before the first run if anything is wrong"""
     if preset=='list': return print(presets_table())
-    configs,usual = _asked_for(data, arch, preset, board, options)
-    seeds = _seeds(ifnone(runs, usual), runs, seed, until, hours)
+    opt = options.pop('opt', None)
+    if runs is not None and runs<1: raise ValueError(f"runs must be at least 1, got {runs}")
+    if until is None and hours is not None: raise ValueError("hours is the limit of until, which is not given")
+    words = {k: v for k,v in merge(dict(data=data, opt=opt), options).items() if v is not None}
+    own = None if preset or board else _of_files(arch, words)
+    configs,usual = (own,1) if own else _configs(data, arch, opt, preset, board, options)
+    n = ifnone(runs, usual)
+    seeds = range(seed, seed+n) if runs or not until else _check_limits(None, until, hours)
     if num_distrib()>1: _start_processes()
-    for c in configs: _check_numbers(c)
+    _check_numbers(configs)
     _check_out(out)
     _tracking_module(track)
     plans = _plans(configs, out, seeds, until, hours, workers)
@@ -239,19 +245,6 @@ def train(
     if dry_run: return _dry_run(plans)
     answers = {p.variants[0].folder.parent.name: _train(p, resume, track) for p in plans}
     return answers if len(plans)>1 else next(iter(answers.values()))
-
-def _asked_for(data, arch, preset, board, options):
-    "Configurations, and how many runs of each are usual"
-    opt = options.pop('opt', None)
-    words = {k: v for k,v in merge(dict(data=data, opt=opt), options).items() if v is not None}
-    own = None if preset or board else _of_files(arch, words)
-    return (own,1) if own else _configs(data, arch, opt, preset, board, options)
-
-def _seeds(n, runs, seed, until, hours):
-    "The seeds to train; without end for `until` with a limit of `hours` only"
-    if runs is not None and runs<1: raise ValueError(f"runs must be at least 1, got {runs}")
-    if until is None and hours is not None: raise ValueError("hours is the limit of until, which is not given")
-    return range(seed, seed+n) if runs or not until else _check_limits(None, until, hours)
 
 def _train(plan, resume, track):
     answer = _ask(plan, resume, partial(_trackers, track) if track else None)
