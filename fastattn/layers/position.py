@@ -173,6 +173,7 @@ class GaussianSpan(nn.Module):
         add('log_sigma', ndim)
         if full: add('lean_sigma', ndim*(ndim-1)//2)
         self.register_buffer('radius', torch.empty(heads, ndim))
+        self._windows = {}
         self.reset_parameters()
 
     def reset_parameters(self):
@@ -192,6 +193,7 @@ class GaussianSpan(nn.Module):
     def _set_radius(self, numbers):
         "Numbers, not tensors, are what windows are made of: so no step waits for a device, and compiled graphs guard them"
         self._numbers = [tuple(o) for o in numbers]
+        self._windows = {o: self._steps(o) for o in self._windows}
         with torch.no_grad(): self.radius.copy_(torch.tensor(numbers, dtype=torch.float64))
 
     @property
@@ -243,6 +245,12 @@ class GaussianSpan(nn.Module):
     def windows(self, grid):
         "How many steps the window of each head reaches in each dimension of `grid`: whole numbers, at least 1 where the grid has that many"
         per_dim(tuple(grid), self.ndim, 'grid', 1)
+        if not torch.compiler.is_compiling() or torch.compiler.is_exporting(): return self._steps(grid)
+        grid = tuple([index(o) for o in grid])
+        if grid not in self._windows: self._windows[grid] = self._steps(grid)
+        return self._windows[grid] # whole numbers: compiled code is made anew when they change, and not whenever sigma does
+
+    def _steps(self, grid):
         def steps(r, s): return index(s-1 if r>=1 else min(s-1, math.ceil(r*(s-1)))) # `index` makes numbers of them in a compiled graph
         return [tuple([steps(r, s) for r,s in zip(o, grid)]) for o in self._numbers]
 
