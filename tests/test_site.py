@@ -1,14 +1,18 @@
 "The docs site: what its pages point to is there, nothing comes from elsewhere, and it is legible on a phone and in the dark"
-import functools,json,re,shutil,subprocess,sys,threading
+import ast,builtins,functools,importlib,json,re,shutil,subprocess,symtable,sys,threading
 import pytest
 from html import unescape
 from html.parser import HTMLParser
 from http.server import SimpleHTTPRequestHandler,ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote,urldefrag,urljoin,urlsplit
+from IPython.core.inputtransformer2 import TransformerManager
 from nbdev.config import get_config
+from nbdev.doclinks import nbglob
+from nbdev.test import nb_test_cells
 
-root = get_config(__file__).config_path
+cfg = get_config(__file__)
+root = cfg.config_path
 browser = shutil.which('chromium') or shutil.which('google-chrome')
 in_browser = pytest.mark.skipif(not browser, reason='no chromium here')
 loads = {'img':'src', 'script':'src', 'iframe':'src', 'source':'src', 'video':'src', 'audio':'src', 'link':'href'}
@@ -153,3 +157,46 @@ def test_legible(measured):
     "Light and dark, all text stands out from what is behind it"
     for theme in ('light','dark'): assert not {k:o[theme] for k,o in measured[0].items() if o[theme]['ratio']<3}
     assert max(o['back'] for o in measured[0].values())<0.1 # dark it was
+
+# What a reader sees can be pasted: it needs nothing of the cells that the site hides
+
+hidden = ['default_exp','echo','export','exporti','hide']
+
+def visible(path): return [TransformerManager().transform_cell(o.source) for o in nb_test_cells(path, skip_flags=hidden)]
+
+def scopes(table):
+    yield table
+    for o in table.get_children(): yield from scopes(o)
+
+def starred(source):
+    "Names that the star imports of `source` bring"
+    for o in ast.walk(ast.parse(source)):
+        if not isinstance(o, ast.ImportFrom) or o.names[0].name!='*': continue
+        module = importlib.import_module(o.module)
+        yield from getattr(module, '__all__', [k for k in vars(module) if k[0]!='_'])
+
+def undefined(cells):
+    "Names that one of `cells` reads, and that neither it nor those before it define"
+    known,missing = {*dir(builtins),'display','get_ipython','__name__'},set()
+    for source in cells:
+        top = symtable.symtable(source, 'cell', 'exec')
+        known.update(o.get_name() for o in top.get_symbols() if o.is_assigned() or o.is_imported())
+        known.update(starred(source))
+        for scope in scopes(top): missing.update(o.get_name() for o in scope.get_symbols() if o.is_referenced() and (scope is top or o.is_global()) and o.get_name() not in known)
+    return missing
+
+def test_undefined():
+    defined = ['from pathlib import *\nimport os.path', 'x = 1', 'def f(y): return x+y', 'class A:\n    z = Path\n    w = [z for z in range(f(2))]', 'A().w,os,print']
+    assert not undefined(defined)
+    assert undefined(defined[1:])=={'Path','os'}
+    assert undefined(['def f(): return lambda: x', 'x = 1', 'import torch.nn as nn', 'torch.ones(1)'])=={'x','torch'}
+
+def test_visible_cells_need_no_hidden_ones():
+    missing = {p.relative_to(cfg.nbs_path).as_posix(): undefined(visible(p)) for p in nbglob(cfg.nbs_path, as_path=True)}
+    assert len(missing)>30 and not {k:o for k,o in missing.items() if o}
+
+@pytest.mark.parametrize('page', ['00_core','layers/00_tensor','layers/06_local2d','recipes/06_leaderboard'])
+def test_visible_cells_run_alone(page, monkeypatch):
+    path,names = (cfg.nbs_path/page).with_suffix('.ipynb'),{'__name__': '__main__'}
+    monkeypatch.chdir(path.parent)
+    for source in visible(path): exec(compile(source, page, 'exec'), names)
