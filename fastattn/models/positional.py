@@ -39,7 +39,8 @@ class PositionalBlock(nn.Module):
     def forward(self, x):
         "`x` (B, *grid, dim) -> (B, *pooled grid, dim)"
         taken = self.attn(x)
-        if taken.shape!=x.shape: raise ValueError(f"attn must keep the shape (batch, *grid, dim), got {tuple(taken.shape)} for {tuple(x.shape)}")
+        if taken.shape!=x.shape:
+            raise ValueError(f"attn must keep the shape (batch, *grid, dim), got {tuple(taken.shape)} for {tuple(x.shape)}")
         x = self.norm1(x+self.drop(taken))
         x = self.norm2(x+self.drop(self.ff(x)))
         if self.pool==1: return x
@@ -55,7 +56,7 @@ def _check_pools(pool_after, depth, ndim):
     if pool_after and ndim not in _pools: raise ValueError(f"max-pooling is there for 1 to 3 dimensions, got ndim={ndim}")
 
 class PositionalTransformer(nn.Module):
-    """The classifier of the thesis: a linear layer for every position, blocks of positional self-attention, one token, a head of two layers.
+    """The classifier of the thesis: linear layer, blocks of positional self-attention, and a head of two layers on one token.
     Raises `ValueError` for invalid sizes and options, and for inputs with another number of dimensions or channels"""
     def __init__(self,
         c_in:int, # Channels of the input
@@ -76,7 +77,8 @@ class PositionalTransformer(nn.Module):
         check_least(1, c_in=c_in, n_out=n_out, ndim=ndim, dim=dim, depth=depth, ff=ff, pool=pool)
         _check_p(p)
         _check_pools(pool_after, depth, ndim)
-        if attn is not None and not callable(attn): raise ValueError(f"attn must be a function of the number of the block, or None, got {attn!r}")
+        if attn is not None and not callable(attn):
+            raise ValueError(f"attn must be a function of the number of the block, or None, got {attn!r}")
         if attn is None: attn = lambda i: PositionalSelfAttention(dim, heads, ndim, **copy.deepcopy(kwargs))
         elif kwargs: raise ValueError(f"attn builds the attention, so {', '.join(kwargs)} would mean nothing")
         self.ndim,self.token = ndim,check_name(token, tokens, 'token')
@@ -86,7 +88,8 @@ class PositionalTransformer(nn.Module):
 
     def _check(self, x):
         if x.dim()==self.ndim+2 and x.shape[1]==self.inp[1].in_features and x.is_floating_point() and 0 not in x.shape[2:]: return
-        raise ValueError(f"the input must be floating point (batch, {self.inp[1].in_features}, {self.ndim} dimension{'s'*(self.ndim>1)} of the grid), "
+        raise ValueError(f"the input must be floating point (batch, {self.inp[1].in_features}, "
+            f"{self.ndim} dimension{'s'*(self.ndim>1)} of the grid), "
             f"at least one position in each, got shape {tuple(x.shape)} of {x.dtype}")
 
     def forward(self, x):

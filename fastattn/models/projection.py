@@ -31,6 +31,7 @@ class ProjectionClassifier(nn.Module):
 
     def forward(self, x):
         "`x` (B, c_in, I, J), or (B, I, J) where `c_in` is 1 -> (B, n_out)"
-        if x.dim()<3 or prod(x.shape[1:-2])!=self.c_in: raise ValueError(f"the input must be (batch, {self.c_in}, rows, columns), got shape {tuple(x.shape)}")
+        if x.dim()<3 or prod(x.shape[1:-2])!=self.c_in:
+            raise ValueError(f"the input must be (batch, {self.c_in}, rows, columns), got shape {tuple(x.shape)}")
         projected,_ = self.projection(x)
         return self.head(projected)

@@ -28,10 +28,12 @@ _options = set(inspect.signature(XResNet).parameters) - {'block','expansion','la
 def _pretrained(arch, n_out=1000, c_in=3, **kwargs):
     "`arch` with fastai's weights, and a new last layer where it has other than 1000 outputs"
     if arch is not xresnet50 or c_in!=3:
-        raise ValueError(f"fastai has weights of xresnet50 for images of 3 channels only, got pretrained=True for {arch.__name__} with c_in={c_in}")
+        raise ValueError("fastai has weights of xresnet50 for images of 3 channels only, "
+            f"got pretrained=True for {arch.__name__} with c_in={c_in}")
     try: model = arch(pretrained=True, **kwargs)
     except Exception as e: # networks fail in many ways
-        raise ValueError(f"fastai's weights of xresnet50 could not be loaded ({type(e).__name__}: {e}). pretrained=False starts from random ones") from e
+        raise ValueError(f"fastai's weights of xresnet50 could not be loaded ({type(e).__name__}: {e}). "
+            "pretrained=False starts from random ones") from e
     if n_out!=1000: model[-1] = nn.Linear(model[-1].in_features, n_out)
     return model
 
@@ -39,7 +41,7 @@ def check_plain(
     model, # A model as its function builds it
     arch # What it was asked for by
 ): # `model`
-    "`model`, if it has no attention yet. Raises `ValueError` otherwise: a baseline must not have attention, and options must not be overruled"
+    "`model`, if it has no attention. Raises `ValueError` otherwise: baselines must not have it, and options must not be overruled"
     if there := attn_layers(model):
         raise ValueError(f"{getattr(arch, '__name__', arch)} comes with {type(there[0]).__name__} in it; "
             "name the plain architecture, and its attention by attn, stages and blocks")
@@ -87,8 +89,9 @@ def xresnet50_deeper_ssa(pretrained=False, **kwargs): return attn_xresnet(xresne
 def xresnet50_deeper_ssa_sym(pretrained=False, **kwargs): return attn_xresnet(xresnet50_deeper, 'ssa_sym', pretrained=pretrained, **kwargs)
 
 # %% ../../nbs/models/01_xresnet.ipynb #a1150007
-_named = ['xresnet18','xresnet34','xresnet50','xresnet101','xresnet152','xresnet18_deep',
-    'xresnet34_deep','xresnet50_deep','xresnet18_deeper','xresnet34_deeper','xresnet50_deeper'] # architectures with functions `_ssa` and `_ssa_sym`
+# architectures that have functions `_ssa` and `_ssa_sym`
+_named = ['xresnet18','xresnet34','xresnet50','xresnet101','xresnet152',
+    'xresnet18_deep','xresnet34_deep','xresnet50_deep','xresnet18_deeper','xresnet34_deeper','xresnet50_deeper']
 
 _all_ = ['xresnet18_ssa','xresnet18_ssa_sym','xresnet34_ssa','xresnet34_ssa_sym',
     'xresnet50_ssa','xresnet50_ssa_sym','xresnet101_ssa','xresnet101_ssa_sym',
