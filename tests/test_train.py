@@ -121,14 +121,25 @@ def test_options(tmp_path, kwargs, plain):
 @pytest.mark.filterwarnings('ignore')
 def test_nan(tmp_path, capsys):
     "A run that diverges is marked as failed, with its epoch; the sweep goes on"
-    bad,good = quick(tmp_path, **tiny, lr=[1e30,1e-3], epochs=2)
+    words = dict(size=8, out=str(tmp_path/'runs'), **tiny, lr=[1e30,1e-3], epochs=2)
+    answer = train(**words)
+    bad,good = answer.runs
     assert bad['state']=='failed' and 'epoch 0' in bad['error']
     assert good['state']=='done'
-    out = capsys.readouterr().out
-    assert 'failed' in out and bad['file'] in out
-    again = quick(tmp_path, **tiny, lr=[1e30,1e-3], epochs=2)
-    assert [o['state'] for o in again]==['failed','done'] and f"delete {bad['file']} to try again" in capsys.readouterr().out
+    assert 'failed, training loss is nan in epoch 0' in capsys.readouterr().out
+    again = train(**words)
+    assert [o['state'] for o in again.runs]==['failed','done'] and f"To try failed runs again, delete their files: {bad['file']}." in str(again)
     json.loads(run_path(tmp_path/'runs', bad['config'], 0).read_text())
+
+def test_answer_is_shown_once(tmp_path, capsys):
+    "`train` returns the answer and leaves it to the caller to show it; the command prints it, once"
+    words = dict(data='digits', size=8, epochs=1, out=str(tmp_path/'runs'), arch='dropconnect', drop=['none','dropout'], hidden='8')
+    answer = train(**words)
+    assert answer.sentences() and 'dropout may' not in capsys.readouterr().out
+    options = f"digits --arch dropconnect --drop none dropout --hidden 8 --size 8 --epochs 1 --out {tmp_path/'runs'}".split()
+    assert main(options)==0 and capsys.readouterr().out.count(str(answer))==1
+    assert main([*options,'--size','8','16'])==0 # several groups: each has an answer
+    assert capsys.readouterr().out.count('points')==2
 
 def test_interrupted(tmp_path, monkeypatch):
     "What is there when one presses Ctrl-C is not taken for done"
@@ -279,3 +290,19 @@ def test_positional(tmp_path):
     quick(tmp_path, arch='positional', dim=8, depth=1, heads=2, size=6, ndim=1, encoding='sinusoid', causal=True, combine='multiply')
     for kwargs,message in ((dict(heads=3), 'heads must divide'), (dict(encoding='sines'), 'unknown encoding'), (dict(span='box'), 'unknown span'), (dict(sigma=0.), 'sigma must be'), (dict(token='first'), 'unknown token')):
         with pytest.raises(ValueError, match=message): quick(tmp_path, arch='positional', dim=8, depth=1, size=6, **kwargs)
+
+def test_commit(tmp_path, monkeypatch):
+    "A new run has the commit of the code: of the repository, else the one that pip has noted"
+    from importlib import metadata
+    from types import SimpleNamespace
+    from fastattn.recipes import run as run_mod
+    record = Run(tmp_path/'seed0.json', 'v', 0, {}, None, None)._start()
+    head = subprocess.run(['git','-C',os.path.dirname(mod.__file__),'rev-parse','HEAD'], capture_output=True, text=True).stdout.strip()
+    if head: assert record['commit'].rstrip('+')==head
+    def installed(noted): return lambda name: SimpleNamespace(read_text=lambda file: noted)
+    for noted,commit in (('{"url": "x", "vcs_info": {"vcs": "git", "commit_id": "abc"}}','abc'), ('{"url": "x", "dir_info": {}}',None), (None,None)):
+        monkeypatch.setattr(metadata, 'distribution', installed(noted))
+        assert run_mod._installed_commit()==commit
+    def missing(name): raise metadata.PackageNotFoundError(name)
+    monkeypatch.setattr(metadata, 'distribution', missing)
+    assert run_mod._installed_commit() is None

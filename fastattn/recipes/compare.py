@@ -6,7 +6,7 @@
 __all__ = ['Variant', 'Plan', 'SweepProgress', 'train_plan', 'compare']
 
 # %% ../../nbs/recipes/03_compare.ipynb #f6b52a11
-import hashlib,inspect,itertools,json,math,os,re,sys,time,torch,weakref
+import hashlib,inspect,itertools,json,math,os,re,sys,time,torch
 import numpy as np
 from copy import copy
 from dataclasses import dataclass,field
@@ -38,7 +38,7 @@ def _own_loaders(dls):
     return DataLoaders(*map(own, dls.loaders), path=dls.path, device=getattr(dls, 'device', None))
 
 def _build(f, dls, seed):
-    "Call a learner function, with what it takes"
+    "Call a learner function with the arguments that it takes"
     given = dict(seed=seed) if 'seed' in _parameters(f) else {}
     return f(_own_loaders(dls), **given) if dls is not None else f(**given)
 
@@ -70,31 +70,36 @@ class Variant:
 
     def run(self, seed):
         "The run with this seed"
-        return Run(Path(self.folder)/f'seed{seed}.json', self.name, seed, self.config, partial(self.build, seed), self.fit, self.metric, self.better)
+        file = Path(self.folder)/f'seed{seed}.json'
+        return Run(file, self.name, seed, self.config, partial(self.build, seed), self.fit, self.metric, self.better)
+    def seeds(self):
+        "The seeds whose files are there"
+        return sorted(int(o.stem[4:]) for o in Path(self.folder).glob('seed*.json') if o.stem[4:].isdigit())
     def check(self,
         seed:int # A seed of the comparison
     )->Learner:
-        "Build a Learner, to find mistakes before the first run; raises `ValueError` that names the variant"
+        """Build a Learner, to find mistakes before the first run. Raises `ValueError` that names the variant if it builds none,
+        lacks the metric, or returns the same model again"""
         with no_random(seed, reproducible=True):
-            try: learn = self.build(seed)
+            try: learn,again = self.build(seed),self.build(seed)
             except Exception as e: raise ValueError(f"the variant {self.name!r} builds no Learner: {type(e).__name__}: {e}") from e
         if not isinstance(learn, Learner): raise ValueError(f"the variant {self.name!r} builds no Learner, but {type(learn).__name__}")
         try: metric_of(learn, self.metric, self.better)
         except ValueError as e: raise ValueError(f"the variant {self.name!r}: {e}") from e
+        if same := _trained_by_both(learn.model, again.model):
+            raise ValueError(f"the variant {self.name!r} returns the same weights in each call ({same[0]}), so that a run would go on "
+                "training those of the run before: build the model inside the function")
         return learn
+
+def _trained_by_both(model, other):
+    "Names of the parameters that are one object in both models, and are trained"
+    theirs = {id(p) for p in other.parameters()}
+    return [k for k,p in model.named_parameters() if id(p) in theirs and p.requires_grad]
 
 # %% ../../nbs/recipes/03_compare.ipynb #fc558a5d
 def _slug(name): return re.sub(r'[^\w.,+-]+', '_', name)[:80] or '_'
 
 def _hash(o): return hashlib.sha1(json.dumps(o, sort_keys=True).encode()).hexdigest()[:6]
-
-def _own_model(build, seen):
-    "`build`, which must make a new model each time; `seen` is a weak reference to one that was made before"
-    def checked(seed):
-        learn = build(seed)
-        if learn.model is seen(): raise ValueError("the function returns the same model each time; build the model in the function")
-        return learn
-    return checked
 
 def _make_variants(variants, dls, fit, share, metric, better, seed, described):
     "A `Variant` for each function, after building each once"
@@ -106,7 +111,6 @@ def _make_variants(variants, dls, fit, share, metric, better, seed, described):
         res[-1].config = dict(variant=name, learner=describe_learner(learners[name]), **described)
     first = next(iter(learners))
     for v,learn in zip(res, learners.values()):
-        v.build = _own_model(v.build, weakref.ref(learn.model))
         if v.name!=first and share: _share_weights(v, res[0], learn.model, learners[first].model)
     return res
 
@@ -114,7 +118,7 @@ def _share_weights(v, base, model, base_model):
     "Let `v` start from the weights of `base` where it has the same parameters"
     names = _unequal(model, base_model)
     if not names: return
-    if {k: o for k,o in v.config['learner'].items()}==base.config['learner'] and len(names)==len(list(model.parameters())):
+    if v.config['learner']==base.config['learner'] and len(names)==len(list(model.parameters())):
         raise ValueError(f"{v.name!r} and {base.name!r} differ in their initial weights only, which would be copied; pass share=False")
     build,base_build = v.build,base.build
     def shared(seed):
@@ -141,15 +145,16 @@ class Plan:
             with FileLock(_made(v.folder).parent/'.protocol.lock'): self._write_protocol(v)
 
     def _write_protocol(self, v):
-        have,runs = read_protocol(v.folder),list(Path(v.folder).glob('seed*.json'))
+        have,there = read_protocol(v.folder),v.seeds()
         mine = dict(kind='until', until=self.until) if self.until else dict(kind='fixed', seeds=list(self.seeds))
-        if runs and (have['kind']=='until')!=bool(self.until):
-            was,now = ('until the answer is known','a fixed number of runs') if have['kind']=='until' else ('a fixed number of runs','until')
-            raise ValueError(f"{v.folder} holds runs of {was}, and this is {now}: choose another folder with out")
-        if runs and not self.until:
-            had = have['seeds'] if have.get('seeds') is not None else [int(o.stem[4:]) for o in runs if o.stem[4:].isdigit()]
-            if have['kind']=='looked' or not set(mine['seeds'])<=set(had): mine = dict(kind='looked')
-            else: mine['seeds'] = had
+        if there and (have['kind']=='until')!=bool(self.until):
+            kinds = ["until the answer is known","with a fixed number of runs"]
+            was,now = kinds if have['kind']=='until' else kinds[::-1]
+            raise ValueError(f"the runs in {v.folder} were made {was}, and these are to be made {now}: choose another folder with out")
+        if there and not self.until:
+            planned = have['seeds'] if have.get('seeds') is not None else there
+            if have['kind']=='looked' or not set(mine['seeds'])<=set(planned): mine = dict(kind='looked')
+            else: mine['seeds'] = planned
         write_atomic(Path(v.folder)/'protocol', json.dumps(mine)+'\n')
 
     def answer(self, **kwargs):
@@ -176,7 +181,7 @@ class Plan:
         if label not in rows.index: return True
         r = rows.loc[label]
         if r.failed>=3 and r.failed>r.runs: return False # it fails again and again
-        return r.verdict not in ('helps','harms','bounded')
+        return r.verdict not in ('helps','harms','bounded','equal')
 
     def runs(self):
         "The runs that are to be there, seed by seed, for as long as something is open"
@@ -267,7 +272,7 @@ def train_plan(
             extra = lambda learn, record: progress.callback(learn, record)+(callbacks(learn, record, run.path) if callbacks else [])
             try: record = run.train(resume, extra)
             except CheckpointError as e:
-                stuck[str(run.path)] = f"{run}: {plain_message(e)} (resume=False, on the command line --no-resume)"
+                stuck[str(run.path)] = f"{run}: {plain_message(e)}. To start it anew, pass resume=False (on the command line: --no-resume)."
                 progress.say(stuck[str(run.path)])
                 return True
             if record: progress.end(run, record)
@@ -282,14 +287,15 @@ def train_plan(
             if len(later)==len(left): break
             left = later
     finally: progress.close()
-    return [f'{o}: trained by another process' for o in left]+list(stuck.values())
+    return [f'{o} is being trained by another process.' for o in left]+list(stuck.values())
 
 # %% ../../nbs/recipes/03_compare.ipynb #e1631bee
 def _check_limits(seeds, until, hours):
     "The seeds, as an iterable. Raises `ValueError` for numbers that make no sense"
-    if until is not None and not (isinstance(until, (int,float)) and 0<until<math.inf): raise ValueError(f"until is a half-width, a positive number, got {until!r}")
+    if until is not None and not (isinstance(until, (int,float)) and 0<until<math.inf):
+        raise ValueError(f"until is a half-width, a positive number, got {until!r}")
     if hours is not None and not (isinstance(hours, (int,float)) and hours>0): raise ValueError(f"hours must be positive, got {hours!r}")
-    if until and hours is None and seeds is None: raise ValueError("until needs a limit: hours, or seeds as the most there shall be")
+    if until and hours is None and seeds is None: raise ValueError("until needs a limit: hours, or a number of seeds (runs in train)")
     if hours is not None and not until: raise ValueError("hours is the limit of until, which is not given")
     if seeds is None: return itertools.count() if until else range(5)
     if isinstance(seeds, int) and not isinstance(seeds, bool):
@@ -309,7 +315,18 @@ def _fit_of(fit, epochs, lr):
     if not callable(fit): raise ValueError(f"fit must be a function that trains a Learner, got {fit!r}")
     if epochs is not None or lr is not None: raise ValueError("epochs and lr are for the default way to train; with fit, give them there")
     code = getattr(fit, '__code__', None)
-    return fit,dict(fit=_name(fit)+('' if code is None else f" {_hash([code.co_code.hex(), repr([o for o in code.co_consts if isinstance(o, (int,float,str))])])}"))
+    if code is None: return fit,dict(fit=_name(fit))
+    constants = repr([o for o in code.co_consts if isinstance(o, (int,float,str))])
+    return fit,dict(fit=f"{_name(fit)} {_hash([code.co_code.hex(), constants])}")
+
+def _check_functions(variants):
+    if not isinstance(variants, dict) or len(variants)<2:
+        raise ValueError("variants must be a dict of two or more names and functions, the baseline first")
+    for k,f in variants.items():
+        if isinstance(k, str) and callable(f): continue
+        raise ValueError(f"variants must be names and functions that build a Learner, got {k!r}: {f!r}")
+    if len({_slug(k) for k in variants})<len(variants):
+        raise ValueError(f"two variants have the same name once it is made a file's: {', '.join(variants)}")
 
 def _check_folder(folder, variants):
     "Raises `ValueError` if `folder` holds runs of other variants"
@@ -318,36 +335,35 @@ def _check_folder(folder, variants):
     if others: raise ValueError(f"{folder} holds runs of other variants: {', '.join(others)}; choose another folder with out")
 
 def compare(
-    variants:dict, # Name -> function that builds a Learner; the first is the baseline. It is given `dls` (if there are any) and, if it has a parameter `seed`, the seed
+    variants:dict, # Name -> function that builds a Learner, given `dls` (if any) and `seed` (if it takes one); the first is the baseline
     dls:DataLoaders=None, # Data for all of them; None: each function builds its own
-    seeds=None, # How many seeds, or a list of seeds (default: 5); with `until` the most there shall be
+    seeds=None, # How many seeds, or a list of seeds (default: 5); with `until`: at most so many
     epochs:int=None, # Epochs of `fit_one_cycle`, the default way to train
     lr:float=None, # Its learning rate (default: the Learner's)
     fit:Callable=None, # Learner -> anything: another way to train, such as `lambda learn: learn.fine_tune(3)`
     metric:str=None, # The metric that counts (default: the Learner's first)
     better:str=None, # 'higher' or 'lower' (default: by the name of the metric)
-    until:float=None, # Add pairs until each interval excludes 0 or is narrower than ± this: percentage points for shares, else the metric's unit
-    hours:float=None, # Time after which `until` starts no further run
+    until:float=None, # Add pairs until each interval excludes 0 or is narrower than ± this (points for shares, else the metric's unit)
+    hours:float=None, # With `until`: start no further run after so many hours
     out=None, # Folder for the runs (default: `runs/`, then the variants' names and a hash of what they are)
     share:bool=True, # Copy initial weights that a variant and the baseline have in common from the baseline
-    resume:bool=True # Go on from checkpoints of interrupted runs; without, those start anew
+    resume:bool=True # Resume interrupted runs from their checkpoints; otherwise they start anew
 )->Answer:
-    """Train each variant with the same seeds, keep each run as a file, and say whether it helps.
-    Raises `ValueError` before the first run for a variant that builds no Learner, a metric that it lacks, a folder with other runs, `until` without a limit.
-    A run that fails is kept with its reason, and the others go on"""
-    if not isinstance(variants, dict) or len(variants)<2: raise ValueError("variants must be a dict of two or more names and functions, the baseline first")
-    if bad := [k for k,f in variants.items() if not isinstance(k, str) or not callable(f)]: raise ValueError(f"variants must be names and functions that build a Learner, got {bad[0]!r}: {variants[bad[0]]!r}")
-    if len({_slug(k) for k in variants})<len(variants): raise ValueError(f"two variants have the same name, as far as files go: {', '.join(variants)}")
+    """Train each variant with the same seeds, save each run as a file, and say whether it helps. If a run fails, the others continue.
+    Raises `ValueError` before the first run if a variant builds no Learner or no new model, or lacks the metric,
+    if the folder holds other runs, or if `until` has no limit"""
+    _check_functions(variants)
     seeds = _check_limits(seeds, until, hours)
     fit,described = _fit_of(fit, epochs, lr)
     described.update({k: v for k,v in dict(metric=metric, better=better).items() if v is not None})
-    vs = _make_variants(variants, dls, fit, share, metric, better, next(iter(seeds)) if not isinstance(seeds, itertools.count) else 0, described)
+    first = 0 if isinstance(seeds, itertools.count) else next(iter(seeds))
+    vs = _make_variants(variants, dls, fit, share, metric, better, first, described)
     name = f"{_slug('-'.join(variants))}-{_hash([v.config for v in vs])}"
     folder = Path(out or Path('runs')/name)
     for v in vs: v.folder,v.config = folder/_slug(v.name),dict(comparison=name if out is None else folder.name, **v.config)
     _check_folder(folder, vs)
     for v in vs:
-        for f in v.folder.glob('seed*.json'): v.run(int(f.stem[4:])).read() if f.stem[4:].isdigit() else None # raises for runs of something else
+        for seed in v.seeds(): v.run(seed).read() # raises for runs of something else
     return _ask(Plan(vs, seeds, until, hours), resume)
 
 def _ask(plan, resume=True, callbacks=None):
