@@ -812,8 +812,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                          'fastattn/models/positional.py'),
                                             'fastattn.models.positional.PositionalTransformer.forward': ( 'models/positional.html#positionaltransformer.forward',
                                                                                                           'fastattn/models/positional.py'),
-                                            'fastattn.models.positional._check_p': ( 'models/positional.html#_check_p',
-                                                                                     'fastattn/models/positional.py'),
                                             'fastattn.models.positional._check_pools': ( 'models/positional.html#_check_pools',
                                                                                          'fastattn/models/positional.py')},
             'fastattn.models.projection': { 'fastattn.models.projection.ProjectionClassifier': ( 'models/projection.html#projectionclassifier',
