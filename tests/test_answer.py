@@ -176,17 +176,42 @@ def test_sentences():
     helps = answer(0.008, 0.009, 0.007, 0.0085)
     assert helps.sentences()==['**x** helps: +0.81 points, 95% interval +0.68 to +0.95, 4 pairs.']
     assert answer(-0.008, -0.009, -0.007, -0.0085).rows.verdict['x']=='harms'
-    assert 'changes no more than 0.2' in answer(0.001, -0.001, 0.0015, -0.0005).sentences()[0]
+    assert answer(0.001, -0.001, 0.0015, -0.0005).sentences()==['**x** has no effect larger than 0.21 points: +0.03, 95% interval -0.16 to +0.21, 4 pairs.']
     far = answer(0.03, -0.02, 0.04, -0.01).sentences()[0]
-    assert 'x** is open: +1.00 points' in far and 'more pairs would tell ±0.5 points' in far
-    alike = answer(0.0025, 0.0025, 0.0025).sentences()[0]
-    assert 'in every pair' in alike and '3 pairs' in alike
-    assert answer(0.01).sentences()==['**x** is open: +1.00 points, 1 pair.']
+    assert far.startswith('**x** may help or harm: +1.00 points, 95% interval') and far.endswith('4 pairs. About 132 more pairs would narrow the interval to ±0.5 points.')
+    assert answer(0.01).sentences()==['**x** may help or harm: +1.00 points, 1 pair. That is too few for an interval.']
     failed = Answer([free('none', s, 0.9+s/100) for s in range(3)]+[free('x', 0, 0.95), free('x', 1, 0.95)]+[free('x', 2, 0.)|dict(state='failed', error='NaN in epoch 3')])
     assert '1 of 3 runs failed (NaN in epoch 3)' in failed.sentences()[0]
     assert 'same seed: 1 of x and its baseline' in ' '.join(failed.notes())
     none = Answer([free('none', 0, 0.9), free('x', 0, 0.)|dict(state='failed', error='why')])
     assert none.sentences()==['**x** has no finished run; 1 of 1 runs failed (why).']
+
+@pytest.mark.parametrize('n', [2,equal_pairs-1,equal_pairs,12])
+@pytest.mark.parametrize('points,words', [(0,'equals none: +0.00 points'), (25,'differs from none by the same: +25.00 points')])
+@pytest.mark.parametrize('protocol', ['fixed','until'])
+def test_equal_pairs(n, points, words, protocol):
+    "Pairs without a spread: said so, without an interval; from five pairs on the search for a difference ends"
+    a = answer(*[points/100]*n, base=0.5, protocol=protocol)
+    more = '' if n>=equal_pairs else ' Without a spread between pairs, there is no interval.'
+    assert a.sentences()==[f'**x** {words} in each of {n} pairs.{more}']
+    assert a.rows.verdict['x']==('equal' if n>=equal_pairs else 'open') and a.rows.low['x'] is None
+    a.plot()
+
+def test_one_pair_differs():
+    "Nearly equal is not equal"
+    a = answer(0, 0, 0, 0, 0, 1/397)
+    assert a.rows.verdict['x']=='bounded' and 'no effect larger than' in a.sentences()[0]
+
+@pytest.mark.parametrize('metric,better,sign', [('accuracy','higher',1), ('mae','lower',-1)])
+def test_clear_alone(metric, better, sign):
+    "Clear, but not after correction: the direction is said, and that chance can produce it"
+    rng = np.random.default_rng(3)
+    runs = [free('none', s, 0.5, metric=metric, better=better) for s in range(5)]
+    runs += [free(f'v{i}', s, 0.5+rng.normal(0, 0.01), metric=metric, better=better) for i in range(14) for s in range(5)]
+    for name,way in (('good',sign), ('bad',-sign)): runs += [free(name, s, 0.5+way*d, metric=metric, better=better) for s,d in enumerate([0.002,0.0035,0.001,0.004,0.0025])]
+    a = Answer(runs)
+    for name,verb in (('good','may help'), ('bad','may harm')):
+        assert a.sentence(name).startswith(f'**{name}** {verb}: ') and 'among 16 comparisons, chance alone can produce one like this (Holm p 0.' in a.sentence(name)
 
 def test_lower_is_better():
     lower = Answer([free(v, s, 1.+s/10-(v=='x')*(0.2+s/1000), metric='mae', better='lower') for v in ('base','x') for s in range(4)])
@@ -200,7 +225,7 @@ def test_several():
     idle = [free(f'v{i}', s, 0.9+rng.normal(0, 0.01)) for i in range(14) for s in range(5)]
     d = [0.002,0.0035,0.001,0.004,0.0025]
     a = Answer(base+idle+[free('z', s, 0.9+d[s]) for s in range(5)])
-    assert a.rows.p['z']<0.05<a.rows.p_holm['z'] and a.rows.verdict['z']=='open' and 'correction for 15 comparisons' in a.sentence('z')
+    assert a.rows.p['z']<0.05<a.rows.p_holm['z'] and a.rows.verdict['z']=='open' and 'among 15 comparisons' in a.sentence('z')
     looked = Answer([o|dict(protocol='looked') for o in a.runs])
     assert np.allclose([looked.rows.low['v0'],looked.rows.high['v0']], anytime_interval([o['value']-0.9 for o in idle[:5]], alpha=0.05/15))
     assert 'Bonferroni' in ' '.join(looked.notes()) and looked.rows.p.isna().all()
@@ -246,7 +271,7 @@ def test_nothing():
 
 def test_protocol(tmp_path):
     assert read_protocol(tmp_path)==dict(kind='fixed', seeds=None)
-    for text,m in (('{', 'cannot be read'), ('{"kind": "mine"}', 'is no protocol'), ('[]', 'is no protocol')):
+    for text,m in (('{', 'cannot be read'), ('{"kind": "mine"}', 'is not a protocol'), ('[]', 'is not a protocol')):
         (tmp_path/'protocol').write_text(text)
         with pytest.raises(ValueError, match=m): read_protocol(tmp_path)
 
@@ -255,6 +280,17 @@ def test_pictures(tmp_path):
     for f in ('plot','plot_boxes','plot_curves'):
         getattr(a, f)(tmp_path/f'{f}.png')
         with Image.open(tmp_path/f'{f}.png') as im: assert im.size[0]>300
+
+@pytest.mark.parametrize('baseline', ['none','a name of many words, '*6,'x'*200])
+@pytest.mark.parametrize('n', [1,2,7])
+def test_labels_fit(baseline, n):
+    "The label of the y axis stays within the picture, however long the baseline's name is"
+    runs = [free(k, s, 0.9+0.01*s*(i+1)) for i,k in enumerate([baseline,*map(str, range(n))]) for s in range(3)]
+    fig = Answer(runs, baseline).plot()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    FigureCanvasAgg(fig).draw()
+    box,(width,height) = fig._supylabel.get_window_extent(),fig.get_size_inches()*fig.dpi
+    assert box.x0>=0 and box.y0>=0 and box.x1<=width and box.y1<=height
 
 def test_one_pair():
     "The difference of one pair is that pair's, whatever runs without a partner say"

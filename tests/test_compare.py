@@ -180,9 +180,16 @@ def test_more():
 def test_until():
     "Pairs are added until it is known; one that is known early gets no more"
     def guess(dls): return net(dls, metrics=accuracy, opt_func=partial(SGD, mom=0.), lr=1e-9)
-    a = compare({'none': partial(net, hidden=64), 'idle': guess, 'same': partial(net, hidden=64)}, data(256), until=3, seeds=40, fit=lambda learn: learn.fit(3, 1e-9 if learn.lr==1e-9 else 1e-2))
+    nets = {'none': partial(net, hidden=64), 'idle': guess, 'same': partial(net, hidden=64), 'near': partial(net, hidden=5)}
+    a = compare(nets, data(256), until=3, seeds=12, fit=lambda learn: learn.fit(3, 1e-9 if learn.lr==1e-9 else 1e-2))
     assert a.rows.verdict['idle']=='harms' and a.rows.anytime['idle'] is True and a.rows.pairs['idle']<a.rows.runs['none'] and a.rows.pairs['idle']>=3
-    assert a.rows.verdict['same'] in ('open','bounded') and a.rows.runs['none']<=40
+    assert a.rows.verdict['same']=='equal' and a.rows.pairs['same']==equal_pairs
+    assert a.rows.runs['none']==12 or a.rows.verdict['near']!='open'
+
+def test_until_all_equal():
+    "Pairs that are all equal end the search, long before the limit, with a sentence that says so"
+    a = compare({'none': net, 'same': net}, data(), until=0.01, seeds=100, epochs=1)
+    assert a.rows.runs['none']==a.rows.runs['same']==equal_pairs and a.sentences()==[f'**same** equals none: +0.00 points in each of {equal_pairs} pairs.']
 
 def test_until_hours():
     start = time.time()
@@ -264,11 +271,22 @@ def test_bad(args, kwargs, message):
     with pytest.raises(ValueError, match=message): compare(*args, data(), **{**dict(epochs=1), **kwargs})
     assert not list(Path().rglob('*.json'))
 
-def test_same_model():
+@pytest.mark.parametrize('share', [True,False])
+@pytest.mark.parametrize('kind', ['model','part'])
+@pytest.mark.parametrize('first', [True,False])
+def test_same_model(first, kind, share):
+    "A function that returns weights that were trained before is refused before the first run"
     model = nn.Sequential(nn.Linear(4, 3))
-    f = lambda dls: Learner(dls, model, loss_func=CrossEntropyLossFlat(), metrics=accuracy)
-    a = compare({'none': net, 'f': f}, data(), seeds=1, epochs=1)
-    assert 'the same model each time' in a.sentences()[0]
+    def same(dls): return Learner(dls, model if kind=='model' else nn.Sequential(model[0], nn.Linear(3, 3)), loss_func=CrossEntropyLossFlat(), metrics=accuracy)
+    f = {'none': same, 'f': net} if first else {'none': net, 'f': same}
+    with pytest.raises(ValueError, match=f"{'none' if first else 'f'}' returns the same weights in each call .0.weight"): compare(f, data(), seeds=1, epochs=1, share=share)
+    assert not list(Path().rglob('*.json'))
+
+def test_same_frozen_body():
+    "A frozen body may be one for all runs: nothing trains it"
+    body = nn.Linear(4, 3).requires_grad_(False)
+    def frozen(dls): return Learner(dls, nn.Sequential(body, nn.Linear(3, 3)), loss_func=CrossEntropyLossFlat(), metrics=accuracy)
+    assert [o['state'] for o in compare({'none': net, 'f': frozen}, data(), seeds=1, epochs=1).runs]==['done','done']
 
 def test_other_folder():
     "A folder with runs of other variants, or of others of these names, is refused before the first run"

@@ -320,8 +320,6 @@ def test_what_a_folder_keeps(tmp_path, monkeypatch):
     assert same_state(load_model(tmp_path/'c').state_dict(), m.state_dict())
     for m,message in ((attn_xresnet('xresnet18', norm_type=NormType.Batch),'norm_type'), (to_dropconnect(attn_timm('test_resnet')),'DropConnect'), (xresnet18(),'learn.export')):
         with pytest.raises(ValueError, match=message): save_model(m, tmp_path/'d')
-    timm.models.save_for_hf(attn_timm('test_resnet'), tmp_path/'e', safe_serialization=True)
-    with pytest.raises(ValueError, match='does not say of which'): load_model(tmp_path/'e')
 
 def quiet_fit(learn, n=1, **kwargs):
     with learn.no_bar(),learn.no_logging(): learn.fit(n, **kwargs)
@@ -524,7 +522,49 @@ def test_what_no_folder_can_tell(tmp_path):
     other.load('kept', with_opt=False)
     assert same_state(other.model.state_dict(), learn.model.state_dict())
 
-def test_folder_that_timm_wrote(tmp_path):
+@pytest.mark.parametrize('build', [lambda: insert_attn(insert_attn(timm.create_model('test_resnet', num_classes=4), 'ssa_sym', stages=[1,3]), 'eca', stages='layer2'),
+    lambda: timm.create_model('xresnet18_ssa', num_classes=4, stages=[1,2], widen=0.25)], ids=['inserted','ours'])
+def test_folder_that_timm_wrote(build, tmp_path):
+    "It says of which attention: what was inserted stands in the configuration, and timm builds ours"
     from timm.models import save_for_hf
-    save_for_hf(insert_attn(make('timm')), tmp_path, safe_serialization=True)
+    m = filled(trained(build()))
+    save_for_hf(m, tmp_path, safe_serialization=True)
+    assert same_state(load_model(tmp_path).state_dict(), m.state_dict()) and [o.attn for o in attn_sites(load_model(tmp_path))]==[o.attn for o in attn_sites(m)]
+    if len(attn_layers(m))==3:
+        with pytest.warns(UserWarning, match='not loaded'): other = attn_timm(f'local-dir:{tmp_path}', 'ssa_sym', stages=1, num_classes=3, pretrained=True)
+        assert torch.equal(attn_layers(other)[0].weight, attn_layers(m)[0].weight) and len(attn_layers(other))==1
+        save_for_hf(remove_attn(m), tmp_path, safe_serialization=True)
+        assert not attn_layers(load_model(tmp_path))
+
+def test_pickled_folder_of_timm(tmp_path):
+    timm.models.save_for_hf(timm.create_model('test_resnet'), tmp_path)
+    with pytest.raises(ValueError, match='pickles are not read.*safe_serialization=True'): load_model(tmp_path)
+
+def test_folder_with_unknown_attention(tmp_path):
+    m = insert_attn(timm.create_model('test_resnet', num_classes=4))
+    del m.pretrained_cfg['fastattn'] # as of a body that stood in another model
+    timm.models.save_for_hf(m, tmp_path, safe_serialization=True)
     with pytest.raises(ValueError, match='weights of attention, but does not say of which.*save_model says so'): load_model(tmp_path)
+
+@pytest.mark.parametrize('arch', ['resnet18','resnet50'])
+def test_timms_init(arch):
+    "timm's `init_weights` makes the last norm of each residual branch 0, with attention behind it too, and no other"
+    m = insert_attn(timm.create_model(arch, num_classes=4), stages='all', blocks='all')
+    insert_attn(m, lambda _: SimpleSelfAttention(64), stages='layer1.0.bn1')
+    for p in m.parameters(): nn.init.ones_(p)
+    m.init_weights()
+    last = 'bn2' if arch=='resnet18' else 'bn3'
+    norms = {k: p for k,p in m.named_parameters() if 'bn' in k and k.endswith('weight') and 'fastattn' not in k}
+    assert all(p.any()!=(f'.{last}.' in k) for k,p in norms.items())
+    timm.create_model(arch).init_weights()
+
+@pytest.mark.parametrize('shape,order', [((2,5,8),(0,2,1)), ((1,5,8),(1,2,0)), ((2,3,4,8),(0,3,1,2)), ((1,8,3,4),(0,2,3,1)), ((2,8,3,4),(2,0,3,1))])
+def test_layout_is_kept(shape, order):
+    "What comes out lies in memory as what went in, so that what follows computes the same to the last bit"
+    x = torch.randn(shape).permute(order).contiguous().permute([order.index(i) for i in range(len(shape))])
+    after = AttnAfter(8).append(SimpleSelfAttention(8))
+    y = after(x)
+    assert torch.equal(y, x) and y.stride()==x.stride()
+    y += 1
+    y.sum().backward()
+    assert after[0].gamma.grad is not None

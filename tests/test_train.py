@@ -109,14 +109,25 @@ def test_options(tmp_path, kwargs):
 @pytest.mark.filterwarnings('ignore')
 def test_nan(tmp_path, capsys):
     "A run that diverges is marked as failed, with its epoch; the sweep goes on"
-    bad,good = quick(tmp_path, **tiny, lr=[1e30,1e-3], epochs=2)
+    words = dict(size=8, out=str(tmp_path/'runs'), **tiny, lr=[1e30,1e-3], epochs=2)
+    answer = train(**words)
+    bad,good = answer.runs
     assert bad['state']=='failed' and 'epoch 0' in bad['error']
     assert good['state']=='done'
-    out = capsys.readouterr().out
-    assert 'failed' in out and bad['file'] in out
-    again = quick(tmp_path, **tiny, lr=[1e30,1e-3], epochs=2)
-    assert [o['state'] for o in again]==['failed','done'] and f"delete {bad['file']} to try again" in capsys.readouterr().out
+    assert 'failed, training loss is nan in epoch 0' in capsys.readouterr().out
+    again = train(**words)
+    assert [o['state'] for o in again.runs]==['failed','done'] and f"To try failed runs again, delete their files: {bad['file']}." in str(again)
     json.loads(run_path(tmp_path/'runs', bad['config'], 0).read_text())
+
+def test_answer_is_shown_once(tmp_path, capsys):
+    "`train` returns the answer and leaves it to the caller to show it; the command prints it, once"
+    words = dict(data='digits', size=8, epochs=1, out=str(tmp_path/'runs'), arch='dropconnect', drop=['none','dropout'], hidden='8')
+    answer = train(**words)
+    assert answer.sentences() and 'dropout may' not in capsys.readouterr().out
+    options = f"digits --arch dropconnect --drop none dropout --hidden 8 --size 8 --epochs 1 --out {tmp_path/'runs'}".split()
+    assert main(options)==0 and capsys.readouterr().out.count(str(answer))==1
+    assert main([*options,'--size','8','16'])==0 # several groups: each has an answer
+    assert capsys.readouterr().out.count('points')==2
 
 def test_interrupted(tmp_path, monkeypatch):
     "What is there when one presses Ctrl-C is not taken for done"

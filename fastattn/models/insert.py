@@ -147,6 +147,10 @@ def stages_of(
     return [[b for b,_ in o.values()] for o in _stages(model)]
 
 # %% ../../nbs/models/00_insert.ipynb #d3814bf8
+def _laid_out_as(x, y):
+    "`y` in the memory layout of `x`, so that what follows computes the same to the last bit"
+    return y if y.stride()==x.stride() or y.shape!=x.shape else torch.empty_like(x, dtype=y.dtype).copy_(y)
+
 class AttnAfter(nn.Sequential):
     "Attention on the output of a module: `n_in` channels, in the second place or in the last"
     ndim = None
@@ -163,7 +167,7 @@ class AttnAfter(nn.Sequential):
         if isinstance(x, (tuple,list)): return type(x)([self(x[0]),*x[1:]])
         tokens = self.channels_last or x.dim()==3 and self.ndim!=1
         last = x.shape[-1]==self.n_in and (tokens or x.shape[1]!=self.n_in)
-        return super().forward(x.movedim(-1, 1)).movedim(1, -1).contiguous() if last else super().forward(x)
+        return _laid_out_as(x, super().forward(x.movedim(-1, 1)).movedim(1, -1) if last else super().forward(x))
 
     def extra_repr(self): return f'n_in={self.n_in}'
 
@@ -172,13 +176,18 @@ class Attended(nn.Module):
     "A layer with attention behind it, in the place of the layer. State dicts have the keys of the layer, and those of the attention behind `fastattn`"
     def __init__(self,
         inner:nn.Module, # Any layer, such as a batch norm
-        attn:AttnAfter # What works on its output
+        attn:AttnAfter, # What works on its output
+        ends_branch:bool=False # Is the layer the last of a residual branch?
     ):
         super().__init__()
-        self.inner,self.fastattn = inner,attn
+        self.inner,self.fastattn,self.ends_branch = inner,attn,ends_branch
         self.training = inner.training
 
     def forward(self, *args, **kwargs): return self.fastattn(self.inner(*args, **kwargs))
+
+    def zero_init_last(self):
+        "What timm's `init_weights` asks of blocks, which look for the weight of their last norm: 0, so that the residual branch starts as nothing"
+        if self.ends_branch and self.inner.weight is not None: nn.init.zeros_(self.inner.weight)
 
     def state_dict(self, *args, destination=None, prefix='', keep_vars=False):
         "As if `fastattn` were a child of the layer"
@@ -212,8 +221,8 @@ def _replace(model, name, new):
 
 def _hold(model, name, after):
     "Let `after` work on the output of the module `name`"
-    place = model.get_submodule(name)
-    if _is_layer(place): return _replace(model, name, Attended(place, after))
+    place,(block,_,last) = model.get_submodule(name),name.rpartition('.')
+    if _is_layer(place): return _replace(model, name, Attended(place, after, _branch_end(model.get_submodule(block))==last))
     place.fastattn = after
     if not isinstance(place, nn.Sequential): after.handle = place.register_forward_hook(_attend) # a sequence runs it as its last
 
@@ -374,6 +383,12 @@ def _forget_compiled():
     "Compiled code would go on without what was changed: drop it, to be compiled anew at the next call"
     if 'torch._dynamo' in sys.modules: torch.compiler.reset() # else nothing was compiled in this process
 
+def _note(model):
+    "Keep in timm's `pretrained_cfg`, which `save_for_hf` writes to a file, which attentions are behind which modules"
+    if not isinstance(cfg := getattr(model, 'pretrained_cfg', None), dict): return
+    cfg['fastattn'] = {o.module: o.attn for o in attn_sites(model) if o.attn}
+    if not cfg['fastattn']: del cfg['fastattn']
+
 def insert_attn(
     model:nn.Module, # A model with stages; changed in place
     attn='ssa', # A name from `attns`, or any callable: number of channels -> module
@@ -390,6 +405,7 @@ def insert_attn(
     layers = [_make(attn, name, model.get_submodule(o.module), o, like, ndim) for o in sites]
     last = any(getattr(m, 'output_fmt', None)=='NHWC' for m in model.modules())
     for layer,site in zip(layers, sites): _put(model, site.module, layer, n_in=site.channels, channels_last=last, ndim=ndim)
+    _note(model)
     _forget_compiled()
     return model
 
@@ -402,5 +418,6 @@ def remove_attn(
     "Take out the attention of the chosen blocks of `model`, at both places. A `ValueError` for stages and blocks that are not there"
     sites = attn_sites(model) if stages is None else sum((_pick(model, stages, blocks, o) for o in places), [])
     for name in dict.fromkeys(o.module for o in sites): _take(model, name)
+    _note(model)
     _forget_compiled()
     return model

@@ -210,7 +210,9 @@ def _xresnet_config(model):
 def _timm_config(model):
     with tempfile.TemporaryDirectory() as d:
         save_config_for_hf(model, f'{d}/config.json')
-        return json.loads(Path(d, 'config.json').read_text())
+        config = json.loads(Path(d, 'config.json').read_text())
+    config['pretrained_cfg'].pop('fastattn', None) # which stands beside it in our files
+    return config
 
 def _config(model):
     if (getattr(model, 'built', None) or {}).get('architecture') in archs: return _xresnet_config(model)
@@ -251,19 +253,27 @@ def _folder(path):
 def _read_folder(path):
     "What `config.json` says, and the weights"
     folder = _folder(path)
-    if missing := [o for o in ('config.json','model.safetensors') if not (folder/o).is_file()]: raise ValueError(f"there is no model in {folder}: {' and '.join(missing)} not found")
+    if missing := [o for o in ('config.json','model.safetensors') if not (folder/o).is_file()]:
+        hint = "; pickles are not read, and timm's save_for_hf writes the other kind with safe_serialization=True" if (folder/'pytorch_model.bin').is_file() else ''
+        raise ValueError(f"there is no model in {folder}: {' and '.join(missing)} not found{hint}")
     config = json.loads((folder/'config.json').read_text())
     _check_arch(str(config.get('architecture')))
     return config,folder/'model.safetensors'
 
+def _told(config):
+    "{module: names of its attentions}, as `save_model` or timm's `save_for_hf` have written it; None if neither says anything"
+    return config.get('fastattn', config.get('pretrained_cfg', {}).get('fastattn'))
+
 def _is_ours(path):
     config = Path(path).expanduser()/'config.json'
-    return config.is_file() and 'fastattn' in json.loads(config.read_text())
+    return config.is_file() and _told(json.loads(config.read_text())) is not None
 
 def _build(config, **kwargs):
-    "The model that `config` tells of, without attention; `kwargs` are timm's words"
+    "The model that `config` tells of, without attention if `config` tells of it; `kwargs` are timm's words"
     arch,args = config['architecture'],{'num_classes': config.get('num_classes'), **(config.get('model_args') or {}), **kwargs}
-    if arch not in archs: return remove_attn(timm.create_model(arch, **args))
+    if arch not in archs:
+        model = timm.create_model(arch, **args)
+        return model if _told(config) is None else remove_attn(model)
     for theirs,ours in dict(num_classes='n_out', in_chans='c_in').items():
         if theirs in args: args[ours] = args.pop(theirs)
     return attn_xresnet(arch, 'none', **{k: _from_word(k, v) for k,v in args.items()})
@@ -281,8 +291,9 @@ def load_model(
     "The model that stands in the folder `path`. Nothing is unpickled. A `ValueError` for a folder without such a model"
     config,file = _read_folder(path)
     model,weights = _build(config),load_file(file)
-    for module,names in config.get('fastattn', {}).items():
+    for module,names in (_told(config) or {}).items():
         for name in names: insert_attn(model, name, stages=module, at='block') # names say where
-    if 'fastattn' not in config and any(map(_is_attn_key, weights)): raise ValueError(f"{path} has weights of attention, but does not say of which: was it written by timm? save_model says so")
+    if _told(config) is None and any(_is_attn_key(k) and k not in model.state_dict() for k in weights):
+        raise ValueError(f"{path} has weights of attention, but does not say of which; save_model says so")
     model.load_state_dict(weights)
     return model.to(getattr(torch, config.get('dtype', 'float32')))

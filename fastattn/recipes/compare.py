@@ -6,7 +6,7 @@
 __all__ = ['Variant', 'Plan', 'SweepProgress', 'train_plan', 'compare']
 
 # %% ../../nbs/recipes/03_compare.ipynb #f6b52a11
-import hashlib,inspect,itertools,json,math,os,re,sys,time,torch,weakref
+import hashlib,inspect,itertools,json,math,os,re,sys,time,torch
 import numpy as np
 from copy import copy
 from dataclasses import dataclass,field
@@ -70,31 +70,36 @@ class Variant:
 
     def run(self, seed):
         "The run with this seed"
-        return Run(Path(self.folder)/f'seed{seed}.json', self.name, seed, self.config, partial(self.build, seed), self.fit, self.metric, self.better)
+        file = Path(self.folder)/f'seed{seed}.json'
+        return Run(file, self.name, seed, self.config, partial(self.build, seed), self.fit, self.metric, self.better)
+    def seeds(self):
+        "The seeds whose files are there"
+        return sorted(int(o.stem[4:]) for o in Path(self.folder).glob('seed*.json') if o.stem[4:].isdigit())
     def check(self,
         seed:int # A seed of the comparison
     )->Learner:
-        "Build a Learner, to find mistakes before the first run; raises `ValueError` that names the variant"
+        """Build a Learner, to find mistakes before the first run. Raises `ValueError` that names the variant if it builds none,
+        lacks the metric, or returns the same model again"""
         with no_random(seed, reproducible=True):
-            try: learn = self.build(seed)
+            try: learn,again = self.build(seed),self.build(seed)
             except Exception as e: raise ValueError(f"the variant {self.name!r} builds no Learner: {type(e).__name__}: {e}") from e
         if not isinstance(learn, Learner): raise ValueError(f"the variant {self.name!r} builds no Learner, but {type(learn).__name__}")
         try: metric_of(learn, self.metric, self.better)
         except ValueError as e: raise ValueError(f"the variant {self.name!r}: {e}") from e
+        if same := _trained_by_both(learn.model, again.model):
+            raise ValueError(f"the variant {self.name!r} returns the same weights in each call ({same[0]}), so each run would go on training "
+                "those of the run before: build the model inside the function")
         return learn
+
+def _trained_by_both(model, other):
+    "Names of the parameters that are one object in both models, and are trained"
+    theirs = {id(p) for p in other.parameters()}
+    return [k for k,p in model.named_parameters() if id(p) in theirs and p.requires_grad]
 
 # %% ../../nbs/recipes/03_compare.ipynb #fc558a5d
 def _slug(name): return re.sub(r'[^\w.,+-]+', '_', name)[:80] or '_'
 
 def _hash(o): return hashlib.sha1(json.dumps(o, sort_keys=True).encode()).hexdigest()[:6]
-
-def _own_model(build, seen):
-    "`build`, which must make a new model each time; `seen` is a weak reference to one that was made before"
-    def checked(seed):
-        learn = build(seed)
-        if learn.model is seen(): raise ValueError("the function returns the same model each time; build the model in the function")
-        return learn
-    return checked
 
 def _make_variants(variants, dls, fit, share, metric, better, seed, described):
     "A `Variant` for each function, after building each once"
@@ -106,7 +111,6 @@ def _make_variants(variants, dls, fit, share, metric, better, seed, described):
         res[-1].config = dict(variant=name, learner=describe_learner(learners[name]), **described)
     first = next(iter(learners))
     for v,learn in zip(res, learners.values()):
-        v.build = _own_model(v.build, weakref.ref(learn.model))
         if v.name!=first and share: _share_weights(v, res[0], learn.model, learners[first].model)
     return res
 
@@ -114,7 +118,7 @@ def _share_weights(v, base, model, base_model):
     "Let `v` start from the weights of `base` where it has the same parameters"
     names = _unequal(model, base_model)
     if not names: return
-    if {k: o for k,o in v.config['learner'].items()}==base.config['learner'] and len(names)==len(list(model.parameters())):
+    if v.config['learner']==base.config['learner'] and len(names)==len(list(model.parameters())):
         raise ValueError(f"{v.name!r} and {base.name!r} differ in their initial weights only, which would be copied; pass share=False")
     build,base_build = v.build,base.build
     def shared(seed):
@@ -141,15 +145,16 @@ class Plan:
             with FileLock(_made(v.folder).parent/'.protocol.lock'): self._write_protocol(v)
 
     def _write_protocol(self, v):
-        have,runs = read_protocol(v.folder),list(Path(v.folder).glob('seed*.json'))
+        have,there = read_protocol(v.folder),v.seeds()
         mine = dict(kind='until', until=self.until) if self.until else dict(kind='fixed', seeds=list(self.seeds))
-        if runs and (have['kind']=='until')!=bool(self.until):
-            was,now = ('until the answer is known','a fixed number of runs') if have['kind']=='until' else ('a fixed number of runs','until')
-            raise ValueError(f"{v.folder} holds runs of {was}, and this is {now}: choose another folder with out")
-        if runs and not self.until:
-            had = have['seeds'] if have.get('seeds') is not None else [int(o.stem[4:]) for o in runs if o.stem[4:].isdigit()]
-            if have['kind']=='looked' or not set(mine['seeds'])<=set(had): mine = dict(kind='looked')
-            else: mine['seeds'] = had
+        if there and (have['kind']=='until')!=bool(self.until):
+            kinds = ["until the answer is known","with a fixed number of runs"]
+            was,now = kinds if have['kind']=='until' else kinds[::-1]
+            raise ValueError(f"the runs in {v.folder} were made {was}, and these are to be made {now}: choose another folder with out")
+        if there and not self.until:
+            planned = have['seeds'] if have.get('seeds') is not None else there
+            if have['kind']=='looked' or not set(mine['seeds'])<=set(planned): mine = dict(kind='looked')
+            else: mine['seeds'] = planned
         write_atomic(Path(v.folder)/'protocol', json.dumps(mine)+'\n')
 
     def answer(self, **kwargs):
@@ -176,7 +181,7 @@ class Plan:
         if label not in rows.index: return True
         r = rows.loc[label]
         if r.failed>=3 and r.failed>r.runs: return False # it fails again and again
-        return r.verdict not in ('helps','harms','bounded')
+        return r.verdict not in ('helps','harms','bounded','equal')
 
     def runs(self):
         "The runs that are to be there, seed by seed, for as long as something is open"
@@ -267,7 +272,7 @@ def train_plan(
             extra = lambda learn, record: progress.callback(learn, record)+(callbacks(learn, record, run.path) if callbacks else [])
             try: record = run.train(resume, extra)
             except CheckpointError as e:
-                stuck[str(run.path)] = f"{run}: {plain_message(e)} (resume=False, on the command line --no-resume)"
+                stuck[str(run.path)] = f"{run}: {plain_message(e)}. To start it anew, pass resume=False (on the command line: --no-resume)."
                 progress.say(stuck[str(run.path)])
                 return True
             if record: progress.end(run, record)
@@ -282,7 +287,7 @@ def train_plan(
             if len(later)==len(left): break
             left = later
     finally: progress.close()
-    return [f'{o}: trained by another process' for o in left]+list(stuck.values())
+    return [f'{o} is being trained by another process.' for o in left]+list(stuck.values())
 
 # %% ../../nbs/recipes/03_compare.ipynb #e1631bee
 def _check_limits(seeds, until, hours):
@@ -347,7 +352,7 @@ def compare(
     for v in vs: v.folder,v.config = folder/_slug(v.name),dict(comparison=name if out is None else folder.name, **v.config)
     _check_folder(folder, vs)
     for v in vs:
-        for f in v.folder.glob('seed*.json'): v.run(int(f.stem[4:])).read() if f.stem[4:].isdigit() else None # raises for runs of something else
+        for seed in v.seeds(): v.run(seed).read() # raises for runs of something else
     return _ask(Plan(vs, seeds, until, hours), resume)
 
 def _ask(plan, resume=True, callbacks=None):

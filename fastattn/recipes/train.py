@@ -9,7 +9,7 @@ __all__ = ['build_learner', 'train', 'make_parser', 'words_of', 'main']
 import argparse,importlib,json,math,os,sys
 from contextlib import suppress
 from functools import partial
-from itertools import product
+from itertools import islice,product
 from pathlib import Path
 from fastai.callback.all import *
 from fastai.basics import Learner,LabelSmoothingCrossEntropy,num_distrib,set_seed
@@ -20,8 +20,8 @@ from ..core import check_name,write_atomic
 from .answer import Answer,read_runs,_labels
 from .compare import Plan,SweepProgress,Variant,_ask,_check_limits,_time
 from .data import get_dls,get_tokens
-from .options import (RunOption,board_options,board_row,group_path,is_file_name,learner_of,learners,load_object,opt_funcs,option_defaults,presets,
-    presets_table,recipes,run_path,scheds,train_options,variant_name,variants,_added,_extras)
+from .options import (RunOption,board_options,board_row,group_path,is_file_name,learner_of,learners,load_object,opt_funcs,
+    option_defaults,presets,presets_table,recipes,run_path,scheds,train_options,variant_name,variants,_added,_extras)
 
 # %% ../../nbs/recipes/05_train.ipynb #b264ae02
 def build_learner(
@@ -30,29 +30,41 @@ def build_learner(
     workers:int=None # Processes that load data; None leaves it to the data set
 )->Learner:
     "The `Learner` of `config`, with the random state as it is when training starts"
-    c,n = merge(_extras, _added, config),max(1, num_distrib())
-    if c['bs']%n: raise ValueError(f"bs is shared by the {n} processes, and must be a multiple of {n}; got {c['bs']}")
-    set_seed(seed, reproducible=True)
+    c = merge(_extras, _added, config)
     known,(opt,params) = learner_of(c['arch']),opt_funcs[c['opt']]
-    dls = known.data(c['data'], size=c['size'], bs=c['bs']//n, workers=workers, **{k: c[k] for k in ('presize','aug','few') if c.get(k, _extras[k])!=_extras[k]})
+    set_seed(seed, reproducible=True)
+    dls = _dls(c, known.data, workers)
     words = {k: c[k] for k in known.options if c[k] is not None}
     if 'arch' in known.func.__code__.co_varnames: words['arch'] = c['arch']
-    learn = known.func(dls, **words, opt_func=partial(opt, **{k: c[k] for k in params}), loss_func=LabelSmoothingCrossEntropy(eps=c['smooth']),
-        wd=c['wd'], lr=c['lr'], cbs=_callbacks(c, known))
+    learn = known.func(dls, **words, opt_func=partial(opt, **{k: c[k] for k in params}), wd=c['wd'], lr=c['lr'],
+        loss_func=LabelSmoothingCrossEntropy(eps=c['smooth']), cbs=_callbacks(c, known))
     if c['compile']: learn.model.compile()
     set_seed(seed, reproducible=True)
     return learn
 
+def _dls(c, make, workers):
+    "The `DataLoaders` of a configuration; several processes share its batch size"
+    n = max(1, num_distrib())
+    if c['bs']%n: raise ValueError(f"bs is shared by the {n} processes, and must be a multiple of {n}; got {c['bs']}")
+    options = {k: c[k] for k in ('presize','aug','few') if c.get(k, _extras[k])!=_extras[k]}
+    return make(c['data'], size=c['size'], bs=c['bs']//n, workers=workers, **options)
+
 def _callbacks(c, known):
-    if c['mixup'] and known.data is get_tokens: raise ValueError(f"mixup mixes images, and tokens cannot be mixed; got mixup={c['mixup']} for {c['arch']}")
-    makers = [(c['precision']!='fp32', lambda: Autocast(c['precision'])), (c['channels_last'], ChannelsLast), (c['mixup'], lambda: MixUp(c['mixup'])),
-        (c['progressive']!=1, lambda: ProgressiveResize(c['progressive']))]
-    return [make() for wanted,make in makers if wanted]
+    if c['mixup'] and known.data is get_tokens:
+        raise ValueError(f"mixup mixes images, and tokens cannot be mixed; got mixup={c['mixup']} for {c['arch']}")
+    res = [Autocast(c['precision'])] if c['precision']!='fp32' else []
+    if c['channels_last']: res.append(ChannelsLast())
+    if c['mixup']: res.append(MixUp(c['mixup']))
+    if c['progressive']!=1: res.append(ProgressiveResize(c['progressive']))
+    return res
 
 def _fit(config, learn): return scheds[config['sched']](learn, config['epochs'], config['lr'])
 
 def _variant(config, out, workers):
-    return Variant(variant_name(config), lambda seed: build_learner(config, seed, workers), partial(_fit, config), config, run_path(out, config, 0).parent)
+    build = partial(_build, config, workers)
+    return Variant(variant_name(config), build, partial(_fit, config), config, run_path(out, config, 0).parent)
+
+def _build(config, workers, seed): return build_learner(config, seed, workers)
 
 # %% ../../nbs/recipes/05_train.ipynb #8a45f919
 _trackers_of = dict(csv=None, tensorboard='fastai.callback.tensorboard', wandb='fastai.callback.wandb')
@@ -66,24 +78,27 @@ def _tracking_module(track):
 def _trackers(track, learn, record, path):
     module = _tracking_module(track)
     if track is None or not is_first(): return []
-    if track=='csv': return [CSVLogger(path.absolute().with_suffix('.csv'), append=(path.with_suffix('.ckpt')/'state.pt').exists())]
+    resumed = (path.with_suffix('.ckpt')/'state.pt').exists()
+    if track=='csv': return [CSVLogger(path.absolute().with_suffix('.csv'), append=resumed)]
     if track=='tensorboard': return [module.TensorBoardCallback(path.with_suffix('.tb'), trace_model=False, log_preds=False)]
     import wandb
     learn.gather_args = dict # fastai's own fails on numbers under fastcore 2, and what it would log is in the configuration
     mode = os.environ.get('WANDB_MODE', 'online' if 'WANDB_API_KEY' in os.environ else 'offline')
-    wandb.init(project='fastattn', name=f"{record['variant']}-seed{record['seed']}", config=merge(record['config'], dict(seed=record['seed'])), dir=path.parent, mode=mode, reinit='finish_previous')
+    config = merge(record['config'], dict(seed=record['seed']))
+    name = f"{record['variant']}-seed{record['seed']}"
+    wandb.init(project='fastattn', name=name, config=config, dir=path.parent, mode=mode, reinit='finish_previous')
     return [module.WandbCallback(log=None, log_preds=False, log_model=False)]
 
 # %% ../../nbs/recipes/05_train.ipynb #a1d0e280
-def _check_numbers(configs):
-    for c,(k,low) in product(configs, dict(size=1, epochs=1, bs=2, wd=0, mixup=0, smooth=0).items()):
-        if not c[k]>=low: raise ValueError(f"{k} must be at least {low}, got {c[k]}")
-    for c in configs:
-        check_name(c['sched'], scheds, 'schedule')
-        check_name(c['precision'], ['fp32','bf16','fp16'], 'precision')
-        if not 0<c['lr']<math.inf: raise ValueError(f"lr must be positive, got {c['lr']}")
-        for k in ('smooth','mom','sqr_mom'):
-            if k in c and not 0<=c[k]<1: raise ValueError(f"{k} must be from 0 to less than 1, got {c[k]}")
+def _check_numbers(config):
+    "Raise a `ValueError` for a number that training cannot use"
+    for k,least in dict(size=1, epochs=1, bs=2, wd=0, mixup=0, smooth=0).items():
+        if not config[k]>=least: raise ValueError(f"{k} must be at least {least}, got {config[k]}")
+    check_name(config['sched'], scheds, 'schedule')
+    check_name(config['precision'], ['fp32','bf16','fp16'], 'precision')
+    if not 0<config['lr']<math.inf: raise ValueError(f"lr must be positive, got {config['lr']}")
+    for k in ('smooth','mom','sqr_mom'):
+        if k in config and not 0<=config[k]<1: raise ValueError(f"{k} must be from 0 to less than 1, got {config[k]}")
 
 def _check_out(out):
     try:
@@ -93,30 +108,34 @@ def _check_out(out):
 
 def _configs(data, arch, opt, preset, board, given):
     "Configurations, and how many runs of each"
-    kw = {k: v for k,v in merge(dict(data=data, arch=arch, opt=opt), given).items() if v is not None}
+    words = {k: v for k,v in merge(dict(data=data, arch=arch, opt=opt), given).items() if v is not None}
     if preset and board: raise ValueError(f"preset and board are both given ({preset}, {board}); choose one")
-    if board: return variants(**board_options(board, kw)),5
-    if not preset: return variants(**kw),1
-    p = presets[check_name(preset, presets, 'preset')]
-    def own(o):
-        "Without the options of its optimiser, if another is asked for"
-        theirs = opt_funcs[o['opt']][1] if 'opt' in o and o['opt'] not in kw.get('opt', o['opt']) else ()
-        return {k: v for k,v in o.items() if k not in theirs}
-    return [c for o in p.options for c in variants(**merge(own(o), kw))],p.runs
+    if board: return variants(**board_options(board, words)),5
+    if not preset: return variants(**words),1
+    found = presets[check_name(preset, presets, 'preset')]
+    return [c for o in found.options for c in variants(**merge(_without_optimiser(o, words), words))],found.runs
 
-def _of_files(arch, kw):
-    "A learner function of the user's own is compared with none: itself without attention if it takes `attn`, else an xresnet18"
+def _without_optimiser(options, words):
+    "`options` of a preset, without those of its optimiser if `words` ask for another"
+    other = 'opt' in options and options['opt'] not in words.get('opt', options['opt'])
+    return {k: v for k,v in options.items() if not (other and k in opt_funcs[options['opt']][1])}
+
+def _of_files(arch, words):
+    """Configurations that compare a learner function of the user's own with a baseline: itself without attention if it takes `attn`,
+    else an xresnet18. None if this is not what `words` ask for"""
     archs = [arch] if isinstance(arch, str) else list(arch or ())
     if len(archs)!=1 or not is_file_name(archs[0]): return None
-    if 'attn' in learner_of(archs[0]).options: return None if 'attn' in kw else variants(arch=archs, attn=['none', learner_of(archs[0]).defaults['attn']], **kw)
-    shared = {k: v for k,v in kw.items() if k in ('data','size','epochs','bs')}
-    return variants(arch='xresnet18', attn='none', **shared)+variants(arch=archs, **kw)
+    known = learner_of(archs[0])
+    if 'attn' in known.options: return None if 'attn' in words else variants(arch=archs, attn=['none', known.defaults['attn']], **words)
+    shared = {k: v for k,v in words.items() if k in ('data','size','epochs','bs')}
+    return variants(arch='xresnet18', attn='none', **shared)+variants(arch=archs, **words)
 
 def _plans(configs, out, seeds, until, hours, workers):
     groups = {}
     for c in configs: groups.setdefault(group_path(out, c), []).append(c)
-    def none(c): return c.get('attn')!='none' and c.get('drop')!='none'
-    return [_plan(sorted(cs, key=none), out, seeds, until, hours, workers) for cs in groups.values()]
+    return [_plan(sorted(cs, key=_has_idea), out, seeds, until, hours, workers) for cs in groups.values()]
+
+def _has_idea(config): return config.get('attn')!='none' and config.get('drop')!='none'
 
 def _plan(configs, out, seeds, until, hours, workers):
     names = _labels([dict(variant=variant_name(c), config=c) for c in configs])
@@ -124,35 +143,43 @@ def _plan(configs, out, seeds, until, hours, workers):
 
 # %% ../../nbs/recipes/05_train.ipynb #07e17112
 def _dry_run(plans):
-    for p in plans:
-        progress = SweepProgress(p)
-        runs = [r for s,_ in zip(p.seeds, range(1000 if not p.until else 1)) for r in (v.run(s) for v in p.variants)]
-        records = {str(r): r.finished() for r in runs}
-        for r in runs:
-            if records[str(r)]: progress.known(r, records[str(r)])
-        for r in runs: print(f"{r}: {records[str(r)]['state'] if records[str(r)] else 'to be trained'}{_expected(r, records[str(r)], progress)}")
-        left = [r for r in runs if not records[str(r)]]
-        times = [o for r in left for o in progress.times.get(r.variant, [])] or [o for os in progress.times.values() for o in os]
-        more = '' if not p.until else f", and further pairs until each is known to ±{p.until:g}"+(f", for {p.hours:g} hours at most" if p.hours else '')
-        print(f"{p.variants[0].folder.parent}: {len(runs)-len(left)} of {len(runs)} runs finished{more}"+(f"; the others take about {_time(len(left)*sum(times)/len(times))}" if left and times else ''))
+    for plan in plans:
+        progress = SweepProgress(plan)
+        runs = [v.run(seed) for seed in islice(plan.seeds, 1 if plan.until else 1000) for v in plan.variants]
+        records = {str(run): run.finished() for run in runs}
+        for run in runs:
+            if record := records[str(run)]: progress.known(run, record)
+        for run in runs: print(f"{run}: {_expected(run, records[str(run)], progress)}")
+        print(_all_expected(plan, [run for run in runs if not records[str(run)]], len(runs), progress))
 
 def _expected(run, record, progress):
+    "What a dry run says about one run"
     times = progress.times.get(run.variant)
-    return f", {record['time_s']:.0f} s" if record and record['state']=='done' else f", {record['error']}; delete {run.path} to try again" if record else f", about {_time(sum(times)/len(times))}" if times else ''
+    if not record: return f"to be trained, about {_time(sum(times)/len(times))}" if times else 'to be trained'
+    if record['state']=='done': return f"done, {record['time_s']:.0f} s"
+    return f"failed, {record['error']}; delete {run.path} to try again"
 
-def _report(answer, plan, board):
+def _all_expected(plan, left, total, progress):
+    "What a dry run says about a plan"
+    text = f"{plan.variants[0].folder.parent}: {total-len(left)} of {total} runs finished"
+    if plan.until: text += f", and further pairs until each interval excludes 0 or is narrower than ±{plan.until:g}"
+    if plan.until and plan.hours: text += f", for {plan.hours:g} hours at most"
+    times = [o for run in left for o in progress.times.get(run.variant, [])] or [o for os in progress.times.values() for o in os]
+    return text+(f"; the others take about {_time(len(left)*sum(times)/len(times))}" if left and times else '')
+
+def _draw_pictures(answer, plan):
+    "Draw the curves of all finished runs in the folder, and the pairs, next to the runs"
     folder = plan.variants[0].folder.parent
-    print(f"\n{answer}")
-    everything = Answer(read_runs(folder)) if any(o['state']=='done' for o in answer.runs) else None
-    if everything: everything.plot_curves(folder/'curves.png') # of all that is there
+    if any(o['state']=='done' for o in answer.runs): Answer(read_runs(folder)).plot_curves(folder/'curves.png')
     if answer.rows.pairs.notna().any() and max(answer.rows.pairs.dropna())>1: answer.plot(folder/'pairs.png')
+
+def _print_answer(answer, board=None):
+    "What the command prints in the end"
+    print(f"\n{answer}")
     for runs in answer.by_label.values() if board else (): print('', board_row(runs), sep='\n')
-    for o in answer.runs:
-        if o['state']=='failed': print(f"{o['variant']}, seed {o['seed']}: failed, {o['error']}; delete {o['file']} to try again")
-    for o in answer.left: print(o)
 
 def _lr_find(learn, path):
-    "Suggest a learning rate, and draw loss against learning rate into `path`"
+    "Suggest a learning rate, and plot loss against learning rate into `path`"
     from matplotlib.figure import Figure
     path.parent.mkdir(parents=True, exist_ok=True)
     learn.path,learn.model_dir = path.parent,'.'
@@ -170,40 +197,35 @@ def _start_processes():
     "Let the processes that accelerate (or torchrun) has started know each other"
     import torch
     try: from accelerate import PartialState
-    except ImportError as e: raise ImportError("training by several processes needs the package accelerate: pip install fastattn[distrib]") from e
+    except ImportError as e: raise ImportError("several processes need the package accelerate: pip install fastattn[distrib]") from e
     PartialState(cpu=not torch.cuda.is_available())
 
 # %% ../../nbs/recipes/05_train.ipynb #9d235935
 def train(
-    data:str=None, # digits (the default), mnist, cifar10, imagenette, imagewoof, or a folder of images; for nonlinear digits, mnist, text, or a text file
-    arch=None, # Any xresnet of fastai, any model of timm, projection, dropconnect, positional, nonlinear, or file.py:function; several make a sweep (default: xresnet18)
-    runs:int=None, # How many runs of each variant, with the same seeds (default: 1; the preset's; for a board 5); with `until` the most there shall be
+    data:str=None, # digits (default), mnist, cifar10, imagenette, imagewoof, same_different, a folder of images; nonlinear: also text or a file
+    arch=None, # An xresnet, a timm model, projection, dropconnect, positional, nonlinear, or file.py:function (default: xresnet18)
+    runs:int=None, # Runs of each variant, with the same seeds (default: 1; presets have their own; boards 5); with `until`: at most so many
     seed:int=0, # The first seed
     until:float=None, # Add pairs until each interval excludes 0 or is narrower than ± so many percentage points
-    hours:float=None, # Time after which `until` starts no further run
-    preset:str=None, # A published setting by its name; `list` shows them. Other options change it
-    board:str=None, # Size and epochs of a row of Imagenette's leaderboards, such as 128/5, by its rules; prints the row
+    hours:float=None, # With `until`: start no further run after so many hours
+    preset:str=None, # A published setting, by its name; `list` shows them. Other options change it
+    board:str=None, # Size and epochs of a row of Imagenette's leaderboards, such as 128/5, by its rules; the command prints the row
     out:str='runs', # Folder for the runs' files; several processes may share it
-    resume:bool=True, # Go on from checkpoints; without, unfinished runs start anew
-    dry_run:bool=False, # List the runs and the time they would take; don't train
-    lr_find:bool=False, # Draw loss against learning rate for each variant and suggest one; don't train
+    resume:bool=True, # Resume unfinished runs from their checkpoints; otherwise they start anew
+    dry_run:bool=False, # List the runs and how long they would take; don't train
+    lr_find:bool=False, # Suggest a learning rate for each variant and plot the loss against it; don't train
     dump:bool=False, # Print each variant's model; don't train
-    track:str=None, # Log each run also by csv, tensorboard or wandb
+    track:str=None, # Also log each run with csv, tensorboard or wandb
     workers:int=None, # Processes that load data (default: the data set's)
     **options # Options of the model and of training, one value or several: `learner_of(arch).options`, `train_options`
-)->Answer: # For several sizes or numbers of epochs a dict of them, by folder; None where nothing is trained
-    "Train variants of a model with the same seeds, keep each run in a file, and answer whether it helps. Raises `ValueError` before the first run if anything is wrong"
+)->Answer: # For several sizes or numbers of epochs a dict of them, by folder; None if nothing is trained
+    """Train variants of a model with the same seeds, save each run in a file, and answer whether the idea helps.
+    Raises `ValueError` before the first run if anything is wrong"""
     if preset=='list': return print(presets_table())
-    opt = options.pop('opt', None)
-    if runs is not None and runs<1: raise ValueError(f"runs must be at least 1, got {runs}")
-    if until is None and hours is not None: raise ValueError("hours is the limit of until, which is not given")
-    words = {k: v for k,v in merge(dict(data=data, opt=opt), options).items() if v is not None}
-    own = None if preset or board else _of_files(arch, words)
-    configs,usual = (own,1) if own else _configs(data, arch, opt, preset, board, options)
-    n = ifnone(runs, usual)
-    seeds = range(seed, seed+n) if runs or not until else _check_limits(None, until, hours)
+    configs,usual = _asked_for(data, arch, preset, board, options)
+    seeds = _seeds(ifnone(runs, usual), runs, seed, until, hours)
     if num_distrib()>1: _start_processes()
-    _check_numbers(configs)
+    for c in configs: _check_numbers(c)
     _check_out(out)
     _tracking_module(track)
     plans = _plans(configs, out, seeds, until, hours, workers)
@@ -215,12 +237,25 @@ def train(
             print(f"{v.name}: learning rate {_lr_find(learn, path):.2g}, see {path}")
     if dump or lr_find: return
     if dry_run: return _dry_run(plans)
-    answers = {p.variants[0].folder.parent.name: _train(p, resume, track, board) for p in plans}
+    answers = {p.variants[0].folder.parent.name: _train(p, resume, track) for p in plans}
     return answers if len(plans)>1 else next(iter(answers.values()))
 
-def _train(plan, resume, track, board):
+def _asked_for(data, arch, preset, board, options):
+    "Configurations, and how many runs of each are usual"
+    opt = options.pop('opt', None)
+    words = {k: v for k,v in merge(dict(data=data, opt=opt), options).items() if v is not None}
+    own = None if preset or board else _of_files(arch, words)
+    return (own,1) if own else _configs(data, arch, opt, preset, board, options)
+
+def _seeds(n, runs, seed, until, hours):
+    "The seeds to train; without end for `until` with a limit of `hours` only"
+    if runs is not None and runs<1: raise ValueError(f"runs must be at least 1, got {runs}")
+    if until is None and hours is not None: raise ValueError("hours is the limit of until, which is not given")
+    return range(seed, seed+n) if runs or not until else _check_limits(None, until, hours)
+
+def _train(plan, resume, track):
     answer = _ask(plan, resume, partial(_trackers, track) if track else None)
-    if is_first(): _report(answer, plan, board)
+    if is_first(): _draw_pictures(answer, plan)
     return answer
 
 # %% ../../nbs/recipes/05_train.ipynb #79da25fb
@@ -240,7 +275,9 @@ def _several(parser, k, o, default, shown):
     flag,text = '--'+k.replace('_', '-'),f"{o.help}{'' if default is None else f' (default: {default})'}"
     text = text.replace('%', '%%') if shown else argparse.SUPPRESS
     if o.type is bool: parser.add_argument(flag, action='store_true', default=None, help=text)
-    else: parser.add_argument(flag, nargs='+', type=o.type, metavar=dict(int='N', float='X', str='WORD')[o.type.__name__], help=text)
+    else: parser.add_argument(flag, nargs='+', type=o.type, metavar=_metavars[o.type], help=text)
+
+_metavars = {int: 'N', float: 'X', str: 'WORD'}
 
 def make_parser(
     args # The words of the command line
@@ -248,18 +285,21 @@ def make_parser(
     "A parser that knows the options of the models that `args` name. Raises `ValueError` for unknown ones"
     archs,words = _archs_in(args)
     everything = '--help-all' in args
-    parser = argparse.ArgumentParser('fastattn-train', usage='fastattn-train [DATA] [options]', description=train.__doc__.split('. Raises')[0]+'.', allow_abbrev=False,
-        formatter_class=partial(argparse.HelpFormatter, max_help_position=26, width=118),
+    parser = argparse.ArgumentParser('fastattn-train', usage='fastattn-train [DATA] [options]', description=train.__doc__.split('\n')[0],
+        formatter_class=partial(argparse.HelpFormatter, max_help_position=26, width=118), allow_abbrev=False,
         epilog='Several values of an option make a sweep. --help-all shows all options; --arch NAME --help those of another model.')
     docs = _docs(train)
     parser.add_argument('data', nargs='*', metavar='DATA', help=docs['data']+'; and file.py:function, a learner function of your own')
     parser.add_argument('--arch', nargs='+', metavar='NAME', help=docs['arch'])
     _add_model_options(parser, archs, words, everything)
+    def help(k, rare): return argparse.SUPPRESS if rare and not everything else docs[k]
     for k,t in dict(runs=int, seed=int, until=float, hours=float, preset=str, board=str, out=str, track=str, workers=int).items():
-        parser.add_argument('--'+k, type=t, metavar=dict(int='N', float='X', str='WORD')[t.__name__], help=docs[k] if everything or k not in ('workers','seed') else argparse.SUPPRESS)
-    for k in ('dry_run','lr_find','dump'): parser.add_argument('--'+k.replace('_', '-'), action='store_true', help=docs[k] if everything or k=='dry_run' else argparse.SUPPRESS)
-    parser.add_argument('--no-resume', dest='resume', action='store_false', help='Unfinished runs start anew, not from their checkpoints')
-    for k in ('fp16','bf16'): parser.add_argument('--'+k, dest='precision', action='append_const', const=k, help=f'--precision {k}' if everything else argparse.SUPPRESS)
+        parser.add_argument('--'+k, type=t, metavar=_metavars[t], help=help(k, k in ('workers','seed')))
+    for k in ('dry_run','lr_find','dump'): parser.add_argument('--'+k.replace('_', '-'), action='store_true', help=help(k, k!='dry_run'))
+    parser.add_argument('--no-resume', dest='resume', action='store_false', help='Start unfinished runs anew, not from their checkpoints')
+    for k in ('fp16','bf16'):
+        text = f'--precision {k}' if everything else argparse.SUPPRESS
+        parser.add_argument('--'+k, dest='precision', action='append_const', const=k, help=text)
     parser.add_argument('--help-all', action='help', help=argparse.SUPPRESS)
     return parser
 
@@ -284,7 +324,7 @@ def words_of(
     files = [o for o in words if is_file_name(o)]
     if files: given['arch'] = files+(given['arch'] or [])
     if data: given['data'] = data[0]
-    if isinstance(given['precision'], list) and len(set(given['precision']))>1 and {'fp16','bf16'}<=set(given['precision']): raise ValueError("fp16 and bf16 are both given; choose one")
+    if {'fp16','bf16'}<=set(given['precision'] or ()): raise ValueError("fp16 and bf16 are both given; choose one")
     return {k: v for k,v in given.items() if v is not None}
 
 def main(
@@ -292,9 +332,12 @@ def main(
 )->int: # Exit code
     "The command `fastattn-train`"
     try:
-        train(**words_of(sys.argv[1:] if args is None else args))
+        words = words_of(sys.argv[1:] if args is None else args)
+        res = train(**words)
+        answers = res.values() if isinstance(res, dict) else [res] if res else []
+        for answer in answers if is_first() else (): _print_answer(answer, words.get('board'))
     except KeyboardInterrupt:
-        print("\nInterrupted. Finished runs are kept; the same command goes on from the last checkpoint of the others.", file=sys.stderr)
+        print("\nInterrupted. Finished runs are kept; the same command resumes the others from their last checkpoint.", file=sys.stderr)
         return 130
     except (ValueError, OSError, ImportError) as e:
         print(f'fastattn-train: {e}', file=sys.stderr)
