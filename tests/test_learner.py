@@ -1,7 +1,7 @@
 "Learners: what they take from the data, weight decay, precision, export, and DistributedDataParallel"
 import copy,math,socket
 import pytest,torch
-import torch.multiprocessing as mp
+from commands import forks
 from fastai.basics import DataLoaders,MSELossFlat,SGD,error_rate,load_learner,partial,set_seed
 from fastai.callback.all import ChannelsLast,MCDropoutCallback
 from torch.optim.swa_utils import AveragedModel
@@ -143,9 +143,8 @@ def test_ddp():
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
         port = s.getsockname()[1]
-    ctx = mp.get_context('spawn')
-    q = ctx.Queue()
-    ps = [ctx.Process(target=_ddp, args=(i,port,q)) for i in range(2)]
+    q = forks.Queue()
+    ps = [forks.Process(target=_ddp, args=(i,port,q)) for i in range(2)]
     for p in ps: p.start()
     ends = dict(q.get(timeout=100) for _ in ps)
     for p in ps: p.join()

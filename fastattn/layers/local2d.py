@@ -13,15 +13,17 @@ from .positional import PositionalSelfAttention
 
 # %% ../../nbs/layers/06_local2d.ipynb #169471c6
 class Local2DAttention(PositionalSelfAttention):
-    "Multi-head self-attention inside a window of a matrix (B, rows, columns, dim), with rotary encoding. A `ValueError` for sizes that do not fit"
+    """Multi-head self-attention inside a window of a matrix (B, rows, columns, dim), with rotary encoding.
+    Raises `ValueError` for invalid sizes"""
     def __init__(self,
         dim:int, # Channels of the input; with `rotary`, dim/heads is a multiple of 4
-        window_size=3, # How many rows and columns away a cell may look: a number, one for each of both, a `GaussianSpan` (learned), or None for the whole matrix
+        window_size=3, # Rows and columns a cell sees on each side: a number, one for each, a `GaussianSpan` (learned), or None for all
         heads:int=8, # Number of heads; divides `dim`
         rotary:bool=True # Rotate queries and keys by row and column?
     ):
         check_flags(rotary=rotary)
-        if not (window_size is None or isinstance(window_size, (str,GaussianSpan))): window_size = per_dim(window_size, 2, 'window_size')
+        is_window = window_size is None or isinstance(window_size, (str,GaussianSpan))
+        if not is_window: window_size = per_dim(window_size, 2, 'window_size')
         super().__init__(dim, heads, 2, 'rotary' if rotary else None, window_size)
 
 # %% ../../nbs/layers/06_local2d.ipynb #f0ece768

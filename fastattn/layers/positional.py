@@ -18,14 +18,15 @@ from .position import GaussianSpan,SinusoidEncoding,SirenEncoding,rotary,window_
 encodings = dict(siren=SirenEncoding, sinusoid=SinusoidEncoding)
 
 def _check_encoding(encoding, ndim, dim):
-    "A module that gives vectors of `dim` for offsets of `ndim` dimensions, or a `ValueError`"
+    "`encoding` if it maps offsets of `ndim` dimensions to vectors of `dim`, else a `ValueError`"
     if not isinstance(encoding, nn.Module):
         raise ValueError(f"encoding must be 'siren', 'sinusoid', 'rotary', None or a module, got {encoding!r}")
     if getattr(encoding, 'ndim', ndim)!=ndim: raise ValueError(f"encoding must be of ndim={ndim}, got {encoding}")
-    device = next((o.device for o in encoding.parameters()), None)
-    with torch.no_grad(): shape = tuple(encoding(window_steps((1,)*ndim, device), (3,)*ndim).shape)
-    if shape!=(*[3]*ndim,dim): raise ValueError(f"encoding must map offsets (*, {ndim}) to vectors (*, {dim}), got shape {shape} for (*{[3]*ndim}, {ndim})")
-    return encoding
+    device = next((p.device for p in encoding.parameters()), None)
+    grid = [3]*ndim
+    with torch.no_grad(): shape = tuple(encoding(window_steps((1,)*ndim, device), tuple(grid)).shape)
+    if shape==(*grid,dim): return encoding
+    raise ValueError(f"encoding must map offsets (*, {ndim}) to vectors (*, {dim}), got shape {shape} for (*{grid}, {ndim})")
 
 def _make_encoding(encoding, ndim, dim):
     "A module, or None"
@@ -41,15 +42,40 @@ def _make_span(span, ndim, heads):
     if span.ndim==ndim and len(span.log_sigma) in (1,heads): return span
     raise ValueError(f"the span must be of ndim={ndim} and of {heads} heads or 1, got {span}")
 
-def _is_symbolic(grid): return torch.compiler.is_exporting() and any(isinstance(s, torch.SymInt) for s in grid)
+# %% ../../nbs/layers/05_positional.ipynb #5b7a0004
+def _check_options(encoding, span, combine, modulate, head_dim, ndim):
+    "Raises `ValueError` for options that do not go together; `encoding` and `span` as they were given"
+    check_name(combine, ['add','multiply'], 'combine')
+    check_name(modulate, ['weights','all','positional'], 'modulate')
+    rotate = isinstance(encoding, str) and encoding=='rotary'
+    if (encoding is None or rotate) and (combine=='multiply' or modulate=='positional'):
+        raise ValueError(f"combine='multiply' and modulate='positional' need an encoding with vectors, got encoding={encoding!r}")
+    if modulate!='weights' and not isinstance(span, (str,GaussianSpan)):
+        raise ValueError(f"modulate={modulate!r} needs a span that is learned, 'gaussian' or a GaussianSpan; got span={span!r}")
+    if rotate and head_dim%(2*ndim):
+        raise ValueError(f"encoding='rotary' needs dim/heads to be a multiple of {2*ndim}, twice ndim; got dim/heads={head_dim}")
 
-def _lies_in(at, reach, size):
-    "Is `at` at most `reach`, a share of the grid, rounded up to whole steps?"
-    return (reach>=1) | (at-1<reach*(size-1))
+def _lies_in(steps, reach, size):
+    "Are `steps` at most `reach`, a share of the grid, rounded up to whole steps?"
+    return (reach>=1) | (steps-1<reach*(size-1))
 
+def _held(span, steps, grid):
+    "Which of `steps` (*offsets, ndim) the window of each head holds, (heads or 1, *offsets)"
+    held = torch.ones(1, *steps.shape[:-1], dtype=torch.bool, device=steps.device)
+    for i,size in enumerate(grid):
+        away = steps[...,i].abs()[None]
+        if isinstance(span, GaussianSpan):
+            reach = torch.tensor([head[i] for head in span.radii], dtype=torch.float64, device=away.device)
+            held = held & _lies_in(away.double(), reach.view(-1, *[1]*len(grid)), size)
+        elif span: held = held & (away<=span[i])
+    return held
+
+def _is_symbolic(grid): return torch.compiler.is_exporting() and any(isinstance(size, torch.SymInt) for size in grid)
+
+# %% ../../nbs/layers/05_positional.ipynb #5b7a0005
 class PositionalSelfAttention(nn.Module):
     """Multi-head self-attention on grids with encoded relative positions and a learned span, by the thesis of M. Alfons, section 3.
-    Raises `ValueError` for heads that do not divide `dim`, unknown options, options that do not fit each other, and inputs that do not fit"""
+    Raises `ValueError` if `heads` does not divide `dim`, for unknown options, options that do not go together, and for invalid inputs"""
     def __init__(self,
         dim:int, # Channels of the input
         heads:int, # Number of heads; divides `dim`
@@ -57,23 +83,17 @@ class PositionalSelfAttention(nn.Module):
         encoding='siren', # 'siren', 'sinusoid', 'rotary', None, or a module: (offsets in steps, grid) -> vectors of `dim`
         span='gaussian', # 'gaussian', a `GaussianSpan`, a fixed number of steps (or one for each dimension), or None to see everything
         combine:str='add', # 'add' or 'multiply' content and position
-        modulate:str='weights', # What the span multiplies: the attention 'weights', or as in the thesis 'all' logits, or the 'positional' ones
-        causal:bool=False # See only what is not later in reading order?
+        modulate:str='weights', # What the span multiplies: the attention 'weights', 'all' logits, or the 'positional' ones
+        causal:bool=False # See only positions that are not later in reading order?
     ):
         super().__init__()
         check_least(1, dim=dim, heads=heads, ndim=ndim)
         check_flags(causal=causal)
         if dim%heads: raise ValueError(f"heads must divide dim, got dim={dim} and heads={heads}")
-        check_name(combine, ['add','multiply'], 'combine')
-        check_name(modulate, ['weights','all','positional'], 'modulate')
-        self.rotate,self.encoding,self.span = isinstance(encoding, str) and encoding=='rotary',_make_encoding(encoding, ndim, dim),_make_span(span, ndim, heads)
-        if self.encoding is None and (combine=='multiply' or modulate=='positional'):
-            raise ValueError(f"combine='multiply' and modulate='positional' need an encoding with vectors, got encoding={encoding!r}")
-        if modulate!='weights' and not isinstance(self.span, GaussianSpan):
-            raise ValueError(f"modulate={modulate!r} needs a span that is learned, 'gaussian' or a GaussianSpan; got span={span!r}")
-        if self.rotate and dim//heads%(2*ndim):
-            raise ValueError(f"encoding='rotary' needs dim/heads to be a multiple of {2*ndim}, twice ndim; got dim={dim} and heads={heads}")
         self.heads,self.ndim,self.combine,self.modulate,self.causal = heads,ndim,combine,modulate,causal
+        _check_options(encoding, span, combine, modulate, dim//heads, ndim)
+        self.encoding,self.span = _make_encoding(encoding, ndim, dim),_make_span(span, ndim, heads)
+        self.rotate = isinstance(encoding, str) and encoding=='rotary'
         self.qkv,self.proj = nn.Linear(dim, 3*dim),nn.Linear(dim, dim)
         self.u = nn.Parameter(torch.empty(heads, dim//heads))
         self.v = nn.Parameter(torch.empty(heads, dim//heads)) if self.encoding is not None else None
@@ -81,71 +101,73 @@ class PositionalSelfAttention(nn.Module):
 
     def reset_parameters(self):
         "Weights and the biases u and v as Xavier and Glorot, other biases 0"
-        for o in (self.qkv.weight, self.proj.weight, self.u, self.v):
-            if o is not None: nn.init.xavier_uniform_(o)
-        for o in (self.qkv.bias, self.proj.bias): nn.init.zeros_(o)
+        for weight in (self.qkv.weight, self.proj.weight, self.u, self.v):
+            if weight is not None: nn.init.xavier_uniform_(weight)
+        for bias in (self.qkv.bias, self.proj.bias): nn.init.zeros_(bias)
 
     def windows(self, grid):
         "How many steps the window of each head reaches in each dimension of `grid`; one for all heads if they have the same"
         if isinstance(self.span, GaussianSpan): return self.span.windows(grid)
-        return [tuple([s-1 if w is None else min(w, s-1) for w,s in zip(self.span or [None]*self.ndim, grid)])]
+        fixed = self.span or [None]*self.ndim
+        return [tuple([size-1 if steps is None else min(steps, size-1) for steps,size in zip(fixed, grid)])]
 
     def window(self, grid):
-        "The same for the widest head of each dimension"
-        return tuple([max(o) for o in zip(*self.windows(grid))])
+        "How many steps the widest window of all heads reaches in each dimension of `grid`"
+        return tuple([max(steps) for steps in zip(*self.windows(grid))])
+
+    def share(self, grid):
+        "Share of all pairs of positions of `grid` in the windows, averaged over the heads: the cost compared with dense attention"
+        def held(window): return prod(((2*steps+1)*size-steps*(steps+1))/size**2 for steps,size in zip(window, grid))
+        windows = self.windows(grid)
+        return sum(map(held, windows))/len(windows)
 
     def _check(self, x):
         if x.dim()==self.ndim+2 and x.shape[-1]==self.qkv.in_features and 0 not in x.shape[1:-1] and x.is_floating_point(): return
-        raise ValueError(f"PositionalSelfAttention takes floating point (batch, {self.ndim} dimension{'s'*(self.ndim>1)} of the grid, {self.qkv.in_features}), "
-            f"at least one position in each, got shape {tuple(x.shape)} of {x.dtype}")
+        raise ValueError(f"PositionalSelfAttention takes floating point (batch, {self.ndim} dimension{'s'*(self.ndim>1)} of the grid, "
+            f"{self.qkv.in_features}), at least one position in each, got shape {tuple(x.shape)} of {x.dtype}")
 
     def _tables(self, steps, grid):
         "What depends on the offset, over `steps`: the arguments p, factor and log_weight of `local_attention`"
-        p = None if self.encoding is None else self.encoding(steps, grid).unflatten(-1, (self.heads,-1)).movedim(-2, 0) # (heads, *window, d)
+        p = None
+        if self.encoding is not None: p = self.encoding(steps, grid).unflatten(-1, (self.heads,-1)).movedim(-2, 0) # (heads, *window, d)
         if not isinstance(self.span, GaussianSpan): return dict(p=p)
         if self.modulate=='weights': return dict(p=p, log_weight=self.span.log_weight(steps, grid))
         g = self.span(steps, grid) # (heads or 1, *window)
         return dict(p=p, factor=g) if self.modulate=='all' else dict(p=p*g[...,None])
 
-    def attend(self, x, values=None):
-        "What each position of `x` (B, *grid, dim) takes of its values, (B, heads, *grid, dim/heads), or of others that are given"
-        self._check(x)
-        q,k,v = self.qkv(x).unflatten(-1, (3,self.heads,-1)).movedim((-3,-2), (0,2)) # each (B, heads, *grid, d)
-        def biased(b): return q+b.view(self.heads, *[1]*self.ndim, -1)
-        q_pos,q = None if self.v is None else biased(self.v),biased(self.u)
+    def _project(self, x):
+        "Queries of the content, keys, values, and queries of the position (or None), each (B, heads, *grid, d)"
+        q,k,v = self.qkv(x).unflatten(-1, (3,self.heads,-1)).movedim((-3,-2), (0,2))
+        def biased(bias): return q+bias.view(self.heads, *[1]*self.ndim, -1)
+        q_pos = None if self.v is None else biased(self.v)
+        q = biased(self.u)
         if self.rotate: q,k = rotary(q),rotary(k)
-        if _is_symbolic(x.shape[1:-1]): return self._attend_anywhere(q, k, v if values is None else values, q_pos)
-        grid = tuple([index(o) for o in x.shape[1:-1]])
+        return q,k,v,q_pos
+
+    def attend(self, x, values=None):
+        "What each position of `x` (B, *grid, dim) takes of its values, (B, heads, *grid, dim/heads), or of `values` of this shape"
+        self._check(x)
+        q,k,v,q_pos = self._project(x)
+        if values is not None: v = values
+        if _is_symbolic(x.shape[1:-1]): return self._attend_anywhere(q, k, v, q_pos)
+        grid = tuple([index(size) for size in x.shape[1:-1]])
         windows = self.windows(grid)
         tables = self._tables(window_steps(self.window(grid), x.device), grid)
         window = windows if len(windows)==self.heads else windows[0]
-        return local_attention(q, k, v if values is None else values, window, q_pos=q_pos, combine=self.combine, causal=self.causal, **tables)
+        return local_attention(q, k, v, window, q_pos=q_pos, combine=self.combine, causal=self.causal, **tables)
 
     def _attend_anywhere(self, q, k, v, q_pos):
-        "The same in an exported program whose grid may have any size: tables over all offsets, and what the windows hold of them"
+        "The same in an exported program whose grid may have any size: tables over all offsets, and which of them the windows hold"
         grid = q.shape[2:-1]
-        steps = torch.stack(torch.meshgrid(*[torch.arange(1-s, s, device=q.device, dtype=torch.float32) for s in grid], indexing='ij'), -1)
-        return on_any_grid(q, k, v, self._held(steps, grid), q_pos=q_pos, combine=self.combine, causal=self.causal, **self._tables(steps, grid))
-
-    def _held(self, steps, grid):
-        "Which of `steps` (*offsets, ndim) the window of each head holds, (heads or 1, *offsets)"
-        held = torch.ones(1, *steps.shape[:-1], dtype=torch.bool, device=steps.device)
-        for i,s in enumerate(grid):
-            at = steps[...,i].abs()[None]
-            if isinstance(self.span, GaussianSpan):
-                reach = torch.tensor([o[i] for o in self.span.radii], dtype=torch.float64, device=at.device).view(-1, *[1]*self.ndim)
-                held = held & _lies_in(at.double(), reach, s)
-            elif self.span: held = held & (at<=self.span[i])
-        return held
+        ranges = [torch.arange(1-size, size, device=q.device, dtype=torch.float32) for size in grid]
+        steps = torch.stack(torch.meshgrid(*ranges, indexing='ij'), -1) # (*offsets, ndim)
+        held,tables = _held(self.span, steps, grid),self._tables(steps, grid)
+        return on_any_grid(q, k, v, held, q_pos=q_pos, combine=self.combine, causal=self.causal, **tables)
 
     def forward(self, x):
         "`x` (B, *grid, dim) -> the same shape"
         return self.proj(self.attend(x).movedim(1, -2).flatten(-2))
 
-    def share(self, grid):
-        "How many of all pairs of positions of `grid` the windows hold, in the mean of the heads: the cost compared with dense attention's"
-        def held(window): return prod(((2*w+1)*s-w*(w+1))/s**2 for w,s in zip(window, grid))
-        windows = self.windows(grid)
-        return sum(map(held, windows))/len(windows)
-
-    def extra_repr(self): return f'heads={self.heads}, ndim={self.ndim}, rotary={self.rotate}, combine={self.combine!r}, modulate={self.modulate!r}, causal={self.causal}'
+    def extra_repr(self):
+        shown = f'heads={self.heads}, ndim={self.ndim}, rotary={self.rotate}, '
+        return shown+f'combine={self.combine!r}, modulate={self.modulate!r}, causal={self.causal}'

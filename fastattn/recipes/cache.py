@@ -174,17 +174,17 @@ def crop_boxes(
     ratio=(3/4,4/3) # Range of width over height
 )->torch.Tensor: # Top, left, height and width, whole numbers, (B, 4)
     "Boxes of random crops, distributed as those of fastai's `RandomResizedCrop`"
-    h,w = sizes.double().unbind(1)
-    area = (min_scale+(1-min_scale)*u[:,:10])*(h*w)[:,None] # (B, 10)
+    height,width = sizes.double().unbind(1)
+    area = (min_scale+(1-min_scale)*u[:,:10])*(height*width)[:,None] # (B, 10)
     low,high = map(math.log, ratio)
     shape = (low+(high-low)*u[:,10:20]).exp()
-    height,width = (area/shape).sqrt().round(),(area*shape).sqrt().round()
-    fits = (height<=h[:,None]) & (width<=w[:,None])
-    first = fits.byte().argmax(1, keepdim=True)
-    largest = [torch.minimum(h, (w/ratio[0]).floor()),torch.minimum(w, (h*ratio[1]).floor())]
-    bh,bw = [torch.where(fits.any(1), o.gather(1, first)[:,0], big) for o,big in zip((height,width), largest)]
-    top,left = [torch.where(fits.any(1), (u[:,20+i]*(n-b+1)).floor(), ((n-b)/2).floor()) for i,(n,b) in enumerate(((h,bh),(w,bw)))]
-    return torch.stack([top,left,bh,bw], 1)
+    tall,wide = (area/shape).sqrt().round(),(area*shape).sqrt().round() # sides of ten boxes for each image
+    fits = (tall<=height[:,None]) & (wide<=width[:,None])
+    first,found = fits.byte().argmax(1, keepdim=True),fits.any(1)
+    tall = torch.where(found, tall.gather(1, first)[:,0], torch.minimum(height, (width/ratio[0]).floor())) # (B,)
+    wide = torch.where(found, wide.gather(1, first)[:,0], torch.minimum(width, (height*ratio[1]).floor()))
+    def start(number, space): return torch.where(found, (number*(space+1)).floor(), (space/2).floor())
+    return torch.stack([start(u[:,20], height-tall),start(u[:,21], width-wide),tall,wide], 1)
 
 def square_boxes(
     u:torch.Tensor, # Random numbers from 0 to 1, float64 of (B, 2) or more columns

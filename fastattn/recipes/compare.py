@@ -38,7 +38,7 @@ def _own_loaders(dls):
     return DataLoaders(*map(own, dls.loaders), path=dls.path, device=getattr(dls, 'device', None))
 
 def _build(f, dls, seed):
-    "Call a learner function, with what it takes"
+    "Call a learner function with the arguments that it takes"
     given = dict(seed=seed) if 'seed' in _parameters(f) else {}
     return f(_own_loaders(dls), **given) if dls is not None else f(**given)
 
@@ -87,8 +87,8 @@ class Variant:
         try: metric_of(learn, self.metric, self.better)
         except ValueError as e: raise ValueError(f"the variant {self.name!r}: {e}") from e
         if same := _trained_by_both(learn.model, again.model):
-            raise ValueError(f"the variant {self.name!r} returns the same weights in each call ({same[0]}), so each run would go on training "
-                "those of the run before: build the model inside the function")
+            raise ValueError(f"the variant {self.name!r} returns the same weights in each call ({same[0]}), so that a run would go on "
+                "training those of the run before: build the model inside the function")
         return learn
 
 def _trained_by_both(model, other):
@@ -197,9 +197,10 @@ def _made(folder):
 class SweepProgress:
     "Tells how far many runs are: a bar for all of them, and a line for each that ends"
     def __init__(self,
-        plan # The `Plan`
+        plan, # The `Plan`
+        at_once:int=1 # How many runs are trained at the same time
     ):
-        self.plan,self.bar,self.times,self.done = plan,None,{},0
+        self.plan,self.at_once,self.bar,self.times,self.done = plan,at_once,None,{},0
         self.total = None if plan.until else len(plan.variants)*len(list(plan.seeds))
         self.live = is_first() and (IN_NOTEBOOK or sys.stdout.isatty())
     def begin(self, run, done):
@@ -213,9 +214,10 @@ class SweepProgress:
         self.bar.update(min(999, int(1000*self._share(share))))
     def end(self, run, record):
         if record['state']=='done': self.times.setdefault(run.variant, []).append(record['time_s'])
-        value = record['state']=='done' and (f"{record['value']:.2%}" if record['metric'] in _share else f"{record['metric']} {record['value']:.4g}")
         self.done += 1
-        self.say(f"{run}: {value} in {record['time_s']:.0f} s{self._left(0)}" if value else f"{run}: failed, {record['error']}")
+        if record['state']!='done': return self.say(f"{run}: failed, {record['error']}")
+        value = f"{record['value']:.2%}" if record['metric'] in _share else f"{record['metric']} {record['value']:.4g}"
+        self.say(f"{run}: {value} in {record['time_s']:.0f} s{self._left(0)}")
     def say(self, text):
         if not is_first(): return
         if self.bar is not None and not IN_NOTEBOOK: print('\r\033[K', end='')
@@ -233,10 +235,11 @@ class SweepProgress:
         return (self.done+share)/self.total
     def _left(self, share):
         "In words, how long it will take"
-        if self.total is None: return f", at most {_time(max(0, 3600*self.plan.hours-(time.time()-self.plan.start)))} left" if self.plan.hours else ''
+        if self.total is None and not self.plan.hours: return ''
+        if self.total is None: return f", at most {_time(max(0, 3600*self.plan.hours-(time.time()-self.plan.start)))} left"
         mean = self._mean() or ((time.time()-self.began)/share if share else None)
         left = self.total-self.done-share
-        return f", about {_time(mean*left)} left" if mean and left>0 else ''
+        return f", about {_time(mean*left/self.at_once)} left" if mean and left>0 else ''
     def callback(self, learn, record): return [_EpochProgress(self)] if self.live else []
 
 def _time(s): return f'{s:.0f} s' if s<90 else f'{s/60:.0f} min' if s<5400 else f'{s/3600:.1f} h'
@@ -292,9 +295,10 @@ def train_plan(
 # %% ../../nbs/recipes/03_compare.ipynb #e1631bee
 def _check_limits(seeds, until, hours):
     "The seeds, as an iterable. Raises `ValueError` for numbers that make no sense"
-    if until is not None and not (isinstance(until, (int,float)) and 0<until<math.inf): raise ValueError(f"until is a half-width, a positive number, got {until!r}")
+    if until is not None and not (isinstance(until, (int,float)) and 0<until<math.inf):
+        raise ValueError(f"until is a half-width, a positive number, got {until!r}")
     if hours is not None and not (isinstance(hours, (int,float)) and hours>0): raise ValueError(f"hours must be positive, got {hours!r}")
-    if until and hours is None and seeds is None: raise ValueError("until needs a limit: hours, or seeds as the most there shall be")
+    if until and hours is None and seeds is None: raise ValueError("until needs a limit: hours, or a number of seeds (runs in train)")
     if hours is not None and not until: raise ValueError("hours is the limit of until, which is not given")
     if seeds is None: return itertools.count() if until else range(5)
     if isinstance(seeds, int) and not isinstance(seeds, bool):
@@ -314,7 +318,18 @@ def _fit_of(fit, epochs, lr):
     if not callable(fit): raise ValueError(f"fit must be a function that trains a Learner, got {fit!r}")
     if epochs is not None or lr is not None: raise ValueError("epochs and lr are for the default way to train; with fit, give them there")
     code = getattr(fit, '__code__', None)
-    return fit,dict(fit=_name(fit)+('' if code is None else f" {_hash([code.co_code.hex(), repr([o for o in code.co_consts if isinstance(o, (int,float,str))])])}"))
+    if code is None: return fit,dict(fit=_name(fit))
+    constants = repr([o for o in code.co_consts if isinstance(o, (int,float,str))])
+    return fit,dict(fit=f"{_name(fit)} {_hash([code.co_code.hex(), constants])}")
+
+def _check_functions(variants):
+    if not isinstance(variants, dict) or len(variants)<2:
+        raise ValueError("variants must be a dict of two or more names and functions, the baseline first")
+    for k,f in variants.items():
+        if isinstance(k, str) and callable(f): continue
+        raise ValueError(f"variants must be names and functions that build a Learner, got {k!r}: {f!r}")
+    if len({_slug(k) for k in variants})<len(variants):
+        raise ValueError(f"two variants have the same name once it is made a file's: {', '.join(variants)}")
 
 def _check_folder(folder, variants):
     "Raises `ValueError` if `folder` holds runs of other variants"
@@ -323,30 +338,29 @@ def _check_folder(folder, variants):
     if others: raise ValueError(f"{folder} holds runs of other variants: {', '.join(others)}; choose another folder with out")
 
 def compare(
-    variants:dict, # Name -> function that builds a Learner; the first is the baseline. It is given `dls` (if there are any) and, if it has a parameter `seed`, the seed
+    variants:dict, # Name -> function that builds a Learner, given `dls` (if any) and `seed` (if it takes one); the first is the baseline
     dls:DataLoaders=None, # Data for all of them; None: each function builds its own
-    seeds=None, # How many seeds, or a list of seeds (default: 5); with `until` the most there shall be
+    seeds=None, # How many seeds, or a list of seeds (default: 5); with `until`: at most so many
     epochs:int=None, # Epochs of `fit_one_cycle`, the default way to train
     lr:float=None, # Its learning rate (default: the Learner's)
     fit:Callable=None, # Learner -> anything: another way to train, such as `lambda learn: learn.fine_tune(3)`
     metric:str=None, # The metric that counts (default: the Learner's first)
     better:str=None, # 'higher' or 'lower' (default: by the name of the metric)
-    until:float=None, # Add pairs until each interval excludes 0 or is narrower than ± this: percentage points for shares, else the metric's unit
-    hours:float=None, # Time after which `until` starts no further run
+    until:float=None, # Add pairs until each interval excludes 0 or is narrower than ± this (points for shares, else the metric's unit)
+    hours:float=None, # With `until`: start no further run after so many hours
     out=None, # Folder for the runs (default: `runs/`, then the variants' names and a hash of what they are)
     share:bool=True, # Copy initial weights that a variant and the baseline have in common from the baseline
-    resume:bool=True # Go on from checkpoints of interrupted runs; without, those start anew
+    resume:bool=True # Resume interrupted runs from their checkpoints; otherwise they start anew
 )->Answer:
-    """Train each variant with the same seeds, keep each run as a file, and say whether it helps.
-    Raises `ValueError` before the first run for a variant that builds no Learner, a metric that it lacks, a folder with other runs, `until` without a limit.
-    A run that fails is kept with its reason, and the others go on"""
-    if not isinstance(variants, dict) or len(variants)<2: raise ValueError("variants must be a dict of two or more names and functions, the baseline first")
-    if bad := [k for k,f in variants.items() if not isinstance(k, str) or not callable(f)]: raise ValueError(f"variants must be names and functions that build a Learner, got {bad[0]!r}: {variants[bad[0]]!r}")
-    if len({_slug(k) for k in variants})<len(variants): raise ValueError(f"two variants have the same name, as far as files go: {', '.join(variants)}")
+    """Train each variant with the same seeds, save each run as a file, and say whether it helps. If a run fails, the others continue.
+    Raises `ValueError` before the first run if a variant builds no Learner or no new model, or lacks the metric,
+    if the folder holds other runs, or if `until` has no limit"""
+    _check_functions(variants)
     seeds = _check_limits(seeds, until, hours)
     fit,described = _fit_of(fit, epochs, lr)
     described.update({k: v for k,v in dict(metric=metric, better=better).items() if v is not None})
-    vs = _make_variants(variants, dls, fit, share, metric, better, next(iter(seeds)) if not isinstance(seeds, itertools.count) else 0, described)
+    first = 0 if isinstance(seeds, itertools.count) else next(iter(seeds))
+    vs = _make_variants(variants, dls, fit, share, metric, better, first, described)
     name = f"{_slug('-'.join(variants))}-{_hash([v.config for v in vs])}"
     folder = Path(out or Path('runs')/name)
     for v in vs: v.folder,v.config = folder/_slug(v.name),dict(comparison=name if out is None else folder.name, **v.config)

@@ -20,58 +20,78 @@ def published(
     size=None, # Pixels per side, or None
     epochs=None # Number of epochs, or None
 )->list: # A dict for each: source, url, data, size, epochs, variant, accuracy, sd, runs, note
-    "Published results, as their sources give them; those that are not given are None"
-    def number(v, t): return t(v) if v else None
-    rows = list(csv.DictReader(io.StringIO((files('fastattn.recipes')/'published.csv').read_text(encoding='utf-8'))))
-    rows = [r | dict(size=number(r['size'], int), epochs=number(r['epochs'], int), runs=number(r['runs'], int), accuracy=float(r['accuracy']), sd=number(r['sd'], float)) for r in rows]
-    return [r for r in rows if all(v is None or r[k]==v for k,v in (('data',data),('size',size),('epochs',epochs)))]
+    "Published results, as their sources give them; what a source doesn't say is None"
+    text = (files('fastattn.recipes')/'published.csv').read_text(encoding='utf-8')
+    kinds = dict(size=int, epochs=int, runs=int, accuracy=float, sd=float)
+    rows = [row | {k: kind(row[k]) if row[k] else None for k,kind in kinds.items()} for row in csv.DictReader(io.StringIO(text))]
+    wanted = {k: v for k,v in dict(data=data, size=size, epochs=epochs).items() if v is not None}
+    return [row for row in rows if all(row[k]==v for k,v in wanted.items())]
 
 def published_table(
     data, # Name of a data set
     size, # Pixels per side
     epochs=None # Number of epochs, or None for all
 )->pd.DataFrame: # Of words
-    "Published results beside which an answer can be held"
-    def pct(o): return '' if o is None else f'{o:.2%}'
-    return pd.DataFrame([dict(published=f"{r['variant']} ({r['source']})", epochs=r['epochs'] or '?', runs=r['runs'] or '?', accuracy=pct(r['accuracy']), sd=pct(r['sd'])) for r in published(data, size, epochs)])
+    "Published results to compare an answer with"
+    def percent(o): return '' if o is None else f'{o:.2%}'
+    return pd.DataFrame([dict(published=f"{row['variant']} ({row['source']})", epochs=row['epochs'] or '?', runs=row['runs'] or '?',
+        accuracy=percent(row['accuracy']), sd=percent(row['sd'])) for row in published(data, size, epochs)])
 
 # %% ../../nbs/recipes/06_leaderboard.ipynb #7a4d144c
 def _shown(group, answer, style):
     if style=='csv': return answer.rows.assign(group=group).to_csv(lineterminator='\n')
     table = answer.table('all')
     if style=='text': return f"{group}\n\n{answer}\n\n{table.to_string(index=False)}"
-    return '\n\n'.join([f'### {group}', *answer.sentences(), md_cells([list(table.columns), *table.values.tolist()]), *answer.notes()])
+    return '\n\n'.join([f'### {group}', *answer.sentences(), _markdown(table), *answer.notes()])
+
+def _markdown(table): return md_cells([list(table.columns), *table.astype(str).values.tolist()])
 
 def _published_of(answer, equal_time, style):
-    c = answer.runs[0]['config']
-    t = published_table(c['data'], c['size'], None if equal_time else c['epochs']) if 'data' in c else pd.DataFrame()
-    return '' if t.empty else '\n\n'+(md_cells([list(t.columns), *t.astype(str).values.tolist()]) if style=='markdown' else t.to_string(index=False))
+    "The table of published results for the runs of `answer`, as text; empty if there are none"
+    config = answer.runs[0]['config']
+    if 'data' not in config: return ''
+    table = published_table(config['data'], config['size'], None if equal_time else config['epochs'])
+    if table.empty: return ''
+    return '\n\n'+(_markdown(table) if style=='markdown' else table.to_string(index=False))
 
 @call_parse(pos=['out'])
 def leaderboard(
     out:str='runs', # Folder of runs
-    baseline:str=None, # Label of the variant to compare with, where it is (default: none)
-    style:str='text', # text, markdown, or csv, which has all numbers in full
-    plots:str=None, # Folder for pictures (PNG): pairs, box plots and curves
-    equal_time:bool=False, # Compare across numbers of epochs, for instance if a slower variant trained for fewer epochs
+    baseline:str=None, # Label of the variant to compare with, in groups that have it (default: none)
+    style:str='text', # text, markdown, or csv (all numbers in full)
+    plots:str=None, # Folder for plots (PNG): pairs, boxes and curves
+    equal_time:bool=False, # Compare runs of different numbers of epochs, for instance if a slower variant trained for fewer
     published:bool=False, # Show published results for the same data, size and epochs
     show:bool=True # Print the answers
 )->dict: # `Answer` by group
-    "What the runs below a folder say, group by group. Raises `FileNotFoundError` without runs, `ValueError` for an unknown baseline or style"
+    """What the runs below a folder say, group by group.
+    Raises `FileNotFoundError` without runs, `ValueError` for an unknown baseline or style"""
     try:
         check_name(style, ['text','markdown','csv'], 'style')
-        groups = group_runs(read_runs(out, ('done','failed','running')), equal_time)
-        if not groups: raise FileNotFoundError(f"no runs below {out}; fastattn-train makes some")
-        first = {g: Answer(os) for g,os in groups.items()}
-        if baseline: check_name(baseline, dict.fromkeys(k for a in first.values() for k in a.by_label), 'baseline')
-        answers = {g: Answer(groups[g], baseline) if baseline and a.values.get(baseline) else a for g,a in first.items()}
-        names = {g: g+(f" (without {baseline}; compared with {a.baseline})" if baseline and a.baseline!=baseline else '') for g,a in answers.items()}
-        if show: print('\n\n'.join(_shown(names[g], a, style)+(_published_of(a, equal_time, style) if published else '') for g,a in answers.items()))
-        for g,a in answers.items() if plots else ():
-            a.plot_boxes(Path(plots)/f'{g}-boxes.png', g)
-            a.plot_curves(Path(plots)/f'{g}-curves.png')
-            if a.rows.pairs.notna().any(): a.plot(Path(plots)/f'{g}-pairs.png')
+        answers = _answers(out, baseline, equal_time)
+        if show: print('\n\n'.join(_group_text(*o, baseline, style, published, equal_time) for o in answers.items()))
+        for group,answer in answers.items() if plots else (): _plot_all(Path(plots), group, answer)
         return answers
     except (ValueError, OSError) as e:
         if is_cli(leaderboard): raise CliError(str(e)) from e
         raise
+
+def _answers(out, baseline, equal_time):
+    "An `Answer` for each group; compared with `baseline` in groups that have it"
+    groups = group_runs(read_runs(out, ('done','failed','running')), equal_time)
+    if not groups: raise FileNotFoundError(f"no runs below {out}; fastattn-train makes some")
+    answers = {group: Answer(runs) for group,runs in groups.items()}
+    if not baseline: return answers
+    check_name(baseline, dict.fromkeys(label for answer in answers.values() for label in answer.by_label), 'baseline')
+    return {group: Answer(groups[group], baseline) if answer.values.get(baseline) else answer for group,answer in answers.items()}
+
+def _group_text(group, answer, baseline, style, published, equal_time):
+    "What is printed of a group"
+    other = baseline and answer.baseline!=baseline
+    name = f"{group} (without {baseline}; compared with {answer.baseline})" if other else group
+    return _shown(name, answer, style)+(_published_of(answer, equal_time, style) if published else '')
+
+def _plot_all(folder, group, answer):
+    answer.plot_boxes(folder/f'{group}-boxes.png', group)
+    answer.plot_curves(folder/f'{group}-curves.png')
+    if answer.rows.pairs.notna().any(): answer.plot(folder/f'{group}-pairs.png')

@@ -57,8 +57,8 @@ train_options = dict(
     mixup=RunOption(float, 'Strength of mixup; 0 for none'),
     aug=RunOption(str, 'Augmentation of photos: crop (random crops, flipped) or flip (the largest square, flipped)'),
     few=RunOption(int, 'Training images of each class; 0 for all'),
-    presize=RunOption(bool, 'Imagenette and Imagewoof: from photos shrunk once, on disk, to twice the size'),
-    progressive=RunOption(float, 'Training images start at this share of their size, and grow'),
+    presize=RunOption(bool, 'Imagenette and Imagewoof: take photos of a larger archive, shrunk to twice the size'),
+    progressive=RunOption(float, 'Training images start at this share of their size and grow; 1 for no growth'),
     precision=RunOption(str, 'fp32, or mixed precision: bf16 (GPUs, CPUs with AVX-512) or fp16 (GPUs)'),
     channels_last=RunOption(bool, 'Channels last in memory'),
     compile=RunOption(bool, 'torch.compile'))
@@ -90,9 +90,10 @@ acts = {o.__name__: o for o in (nn.Mish, nn.ReLU, nn.LeakyReLU, nn.ELU, nn.GELU,
 def MaxBlurPool(
     stride:int, # Of the blur
     ndim:int=2, # Dimensions of the grid: images only
-    ceil_mode:bool=True # Means nothing here; fastai's other poolings have it
+    ceil_mode:bool=True # Ignored: sizes are always rounded up. fastai's other poolings have it
 )->nn.Module: # (B, C, H, W) -> (B, C, H/stride, W/stride), rounded up
-    "The maximum of each square of 3, then a blur, so that features do not jump when the image shifts ([Zhang 2019](https://arxiv.org/abs/1904.11486))"
+    """The maximum of each square of 3, then a blur, so that features do not jump when the image shifts
+    ([Zhang 2019](https://arxiv.org/abs/1904.11486))"""
     if ndim!=2: raise ValueError(f"MaxBlurPool is for images, got ndim={ndim}")
     return nn.Sequential(nn.MaxPool2d(3, 1, 1), BlurPool2d(filt_size=3, stride=stride, pad_mode='replicate'))
 
@@ -109,23 +110,30 @@ class Registered:
     data:object=get_dls # Where its data come from
 
 learners = {}
-_not_options = set('dls arch n_out c_in vocab_size n_labels loss_func opt_func splitter cbs metrics path model_dir wd_bn_bias train_bn moms default_cbs pretrained normalize'.split())
+_not_options = set("""dls arch n_out c_in vocab_size n_labels loss_func opt_func splitter cbs metrics path model_dir
+    wd_bn_bias train_bn moms default_cbs pretrained normalize""".split())
+
+def _is_option(name, param):
+    "Is the parameter of a learner function an option? Its default is a word, a number or a bool, or a list of such"
+    default = param.default
+    if name in _not_options or name in train_options or param.kind in (param.VAR_KEYWORD,param.VAR_POSITIONAL): return False
+    return isinstance(default, (str,int,float,bool)) or isinstance(default, list) and len(default)>0
 
 def _options_of(func, docs):
-    params = {k: p.default for k,p in inspect.signature(func).parameters.items() if k not in _not_options and k not in train_options and p.kind not in (p.VAR_KEYWORD,p.VAR_POSITIONAL)}
-    params = {k: v for k,v in params.items() if isinstance(v, (str,int,float,bool)) or isinstance(v, list) and v}
-    told = {k: v for o in (*reversed(docs),func) for k,v in docments(o).items() if v}
-    help = {k: told.get(_renamed.get(k, k)) or told.get(k) or '' for k in params}
-    return {k: RunOption(type(_values(v)[0]), ' '.join(help[k].split()), True) for k,v in params.items()},params
+    "Options and defaults of a learner function; `docs` say what the function itself doesn't"
+    defaults = {k: p.default for k,p in inspect.signature(func).parameters.items() if _is_option(k, p)}
+    told = {k: text for o in (*reversed(docs),func) for k,text in docments(o).items() if text}
+    help = {k: told.get(_renamed.get(k, k)) or told.get(k) or '' for k in defaults}
+    return {k: RunOption(type(_values(v)[0]), ' '.join(help[k].split()), True) for k,v in defaults.items()},defaults
 
 _renamed = dict(act='act_cls', dim='embed_size') # words of the command that are shorter than the parameter
 
 def register_learner(
     name:str, # What `--arch` calls it
-    func, # (dls, **options) -> Learner. It is given `dls`, its own options, and of training `loss_func`, `opt_func`, `lr`, `wd` and `cbs`, which a Learner takes
+    func, # (dls, **options) -> Learner. It gets `dls`, its own options, and `loss_func`, `opt_func`, `lr`, `wd` and `cbs` for the Learner
     data=get_dls, # Where its data come from: `get_dls` or `get_tokens`, or a function like them
-    docs=(), # Functions and classes whose comments say what options mean that `func` says nothing of
-    **recipe # Options of training that are other for it, such as `lr=1e-3`; for one data set as a dict under its name
+    docs=(), # Functions and classes whose comments explain options that `func` doesn't explain
+    **recipe # Its own defaults of training, such as `lr=1e-3`; for one data set as a dict under its name
 ):
     "Add a model to `fastattn-train` and to `train`. Raises `ValueError` for a recipe with unknown options"
     options,defaults = _options_of(func, docs)
@@ -146,9 +154,9 @@ def _timm(dls, arch,
     attn=['none','ssa'], # none, ssa, ssa_sym, sa, positional, local, one of timm's, such as se, eca, cbam, or file.py:Class
     stages='1', # Stages that get attention, from 1; `1,2` is both
     blocks='last', # last, first, all, or indices such as 0,-1
-    at='branch', # Where in a block: branch (in the residual branch, at its end) or block (behind the addition)
+    at='branch', # Where in a block: branch (at the end of the residual branch) or block (after the addition)
     scale=False, # Divide simple self-attention by the number of positions
-    gain_lr=1., # Learning rate of gains, in that of the rest
+    gain_lr=1., # Learning rate of gains, as a multiple of that of other parameters
     **kwargs):
     words = _ints(blocks)
     return ssa_learner(dls, arch, _attn(attn, scale), _ints(stages), words[0] if len(words)==1 else words, at=at, gain_lr=gain_lr, **kwargs)
@@ -156,13 +164,15 @@ def _timm(dls, arch,
 def _xresnet(dls, arch, attn=['none','ssa'], stages='1', blocks='last', at='branch', scale=False, gain_lr=1.,
     act='Mish', # Activation: Mish, ReLU, LeakyReLU, ELU, GELU, SiLU
     pool='AvgPool', # Pooling of the shortcuts: AvgPool, MaxPool, MaxBlurPool
-    widen=1., # Channels of the stages, in those of the architecture
+    widen=1., # Channels of the stages, as a multiple of the architecture's
     **kwargs):
-    learn = _timm(dls, arch, attn, stages, blocks, at, scale, gain_lr, widen=widen, act_cls=acts[check_name(act, acts, 'activation')], pool=pools[check_name(pool, pools, 'pooling')], **kwargs)
+    made = dict(act_cls=acts[check_name(act, acts, 'activation')], pool=pools[check_name(pool, pools, 'pooling')])
+    learn = _timm(dls, arch, attn, stages, blocks, at, scale, gain_lr, widen=widen, **made, **kwargs)
     if pool=='MaxBlurPool': learn.model[3] = MaxBlurPool(2) # the stem's pooling too
     return learn
 
-def _projection(dls, arch, size_projection=8, p=0.25, **kwargs): return projection_learner(dls, size_projection=size_projection, p=p, **kwargs)
+def _projection(dls, arch, size_projection=8, p=0.25, **kwargs):
+    return projection_learner(dls, size_projection=size_projection, p=p, **kwargs)
 
 def _dropconnect(dls, arch, drop=['none','dropconnect'], p=0.5, inference='mean', hidden='800,800', act='ReLU', **kwargs):
     units = _ints(hidden)
@@ -177,29 +187,35 @@ def _positional(dls, arch, ndim=2, dim=64, depth=6, heads=8, token='last',
     combine='add', # add or multiply content and position
     modulate='weights', # What the span multiplies: weights, or logits as in the thesis: all, positional
     causal=False, # See only what comes before
-    penalty=0., # Price in the loss of looking at all pairs of positions
+    penalty=0., # What the loss grows by if all pairs of positions are looked at
     per_head=False, # A span for each head
     cbs=(), **kwargs):
     kind = dict(none=None, gaussian=GaussianSpan)[check_name(span, ['none','gaussian'], 'span')]
     def attn(i):
         words = dict(combine=combine, causal=causal) | (dict(modulate=modulate) if kind else {})
-        return PositionalSelfAttention(dim, heads, ndim, None if encoding=='none' else encoding, kind and kind(ndim, sigma, threshold, heads=heads if per_head else 1), **words)
+        learned = kind and kind(ndim, sigma, threshold, heads=heads if per_head else 1)
+        return PositionalSelfAttention(dim, heads, ndim, None if encoding=='none' else encoding, learned, **words)
     cbs = [*cbs,SpanPenalty(penalty)] if penalty else cbs
     return positional_learner(dls, ndim, dim=dim, depth=depth, token=token, attn=attn, cbs=cbs, **kwargs)
 
 def _nonlinear(dls, arch, loss_func, dim=128, depth=2, heads=4,
     window_size='3', # How many cells away a cell looks, none for all, gaussian for a learned window
     iterations=2, global_every=0, p=0.1, **kwargs):
-    def window(o): return dict(none=None, gaussian='gaussian')[check_name(o, ['none','gaussian'], 'window_size (or a number of cells)')] if isinstance(o, str) else o
-    words = [window(o) for o in _ints(window_size)]
+    words = [_window(o) for o in _ints(window_size)]
     return nonlinear_learner(dls, embed_size=dim, depth=depth, heads=heads, window_size=words[0] if len(words)==1 else words,
         iterations=iterations, global_every=global_every, p=p, smooth=loss_func.eps, **kwargs)
+
+def _window(o):
+    if not isinstance(o, str): return o
+    return dict(none=None, gaussian='gaussian')[check_name(o, ['none','gaussian'], 'window_size (or a number of cells)')]
 
 for o in archs: register_learner(o, _xresnet, docs=[_timm])
 register_learner('projection', _projection, docs=[projection_learner], opt='adam', lr=1e-2, smooth=0., sched='one_cycle')
 register_learner('dropconnect', _dropconnect, docs=[dropconnect_learner], opt='sgd', lr=0.03, bs=128, wd=0., smooth=0.)
-register_learner('positional', _positional, docs=[positional_learner,PositionalTransformer], opt='adam', lr=1e-3, smooth=0., sched='one_cycle')
-register_learner('nonlinear', _nonlinear, get_tokens, docs=[nonlinear_learner,NonLinearTransformer], opt='adam', lr=2e-3, smooth=0., sched='one_cycle',
+register_learner('positional', _positional, docs=[positional_learner,PositionalTransformer],
+    opt='adam', lr=1e-3, smooth=0., sched='one_cycle')
+register_learner('nonlinear', _nonlinear, get_tokens, docs=[nonlinear_learner,NonLinearTransformer],
+    opt='adam', lr=2e-3, smooth=0., sched='one_cycle',
     digits=dict(size=8, epochs=100), mnist=dict(size=14, epochs=5), text=dict(size=16, epochs=5))
 
 # %% ../../nbs/recipes/04_options.ipynb #b7b42560
@@ -243,10 +259,11 @@ def learner_of(
 # %% ../../nbs/recipes/04_options.ipynb #6854534f
 def _as(k, default, o):
     "The value `o` of option `k`, in the type of its default"
-    t = type(_values(default)[0])
+    kind = type(_values(default)[0])
     if o is None: return
-    if t is bool and not isinstance(o, bool) or t is int and isinstance(o, float) and not o.is_integer(): raise ValueError(f"{k} must be {'True or False' if t is bool else 'a whole number'}, got {o!r}")
-    return t(o)
+    if kind is bool and not isinstance(o, bool): raise ValueError(f"{k} must be True or False, got {o!r}")
+    if kind is int and isinstance(o, float) and not o.is_integer(): raise ValueError(f"{k} must be a whole number, got {o!r}")
+    return kind(o)
 
 def option_defaults(
     data:str, # Name of a data set, or a folder
@@ -255,13 +272,18 @@ def option_defaults(
 )->dict:
     "All options of a run, with their defaults. Raises `ValueError` for unknown names"
     recipe,known = recipes.get(str(data), recipes['imagenette']),learner_of(arch)
-    own = {k: v for k,v in merge(known.recipe, known.recipe.get(str(data), known.recipe.get('text', {}))).items() if not isinstance(v, dict)} # some data sets have their own
+    own = merge(known.recipe, known.recipe.get(str(data), known.recipe.get('text', {}))) # of the model, and of the model on these data
+    own = {k: v for k,v in own.items() if not isinstance(v, dict)}
     opt = opt or own.get('opt', 'ranger')
-    return merge(dict(data=str(data), arch=arch), known.defaults, recipe, _common, own, dict(opt=opt), opt_funcs[check_name(opt, opt_funcs, 'optimiser')][1],
-        dict(compile=False) if known.data is get_tokens else _extras)
+    _,numbers = opt_funcs[check_name(opt, opt_funcs, 'optimiser')]
+    extras = dict(compile=False) if known.data is get_tokens else _extras
+    return merge(dict(data=str(data), arch=arch), known.defaults, recipe, _common, own, dict(opt=opt), numbers, extras)
 
-_void = {('attn','none'): ('stages','blocks','at','scale','gain_lr'), ('drop','none'): ('p','inference'), ('drop','dropout'): ('inference',), ('span','none'): ('sigma','threshold','modulate','penalty','per_head')} # options that then mean nothing
-
+_void = { # (option, value) -> options that then mean nothing
+    ('attn','none'): ('stages','blocks','at','scale','gain_lr'),
+    ('drop','none'): ('p','inference'),
+    ('drop','dropout'): ('inference',),
+    ('span','none'): ('sigma','threshold','modulate','penalty','per_head')}
 
 def variants(
     data=None, # Name of a data set (default: digits), or a folder of images
@@ -282,7 +304,7 @@ def variants(
     return res
 
 def _tidy(config):
-    "Without options that mean nothing there, or are not asked for; with what tells files apart"
+    "`config` without options that mean nothing there or are not asked for; with hashes of files"
     for (k,v),names in _void.items():
         if config.get(k)==v: config.update({o: None for o in names if o in config})
     files = {k: config[k] for k in ('arch','attn') if is_file_name(config.get(k, ''))}
@@ -295,11 +317,12 @@ def _tidy(config):
 def variant_name(
     config:dict # One configuration, from `variants`
 )->str:
-    "A name for `config`, the same in every sweep: what is special about it, and a hash of everything"
+    "A name for `config`, the same in every sweep: the options that differ from their defaults, and a hash of everything"
     base = option_defaults(config['data'], config['arch'], config['opt'])
     chosen = {k:v for k,v in config.items() if isinstance(base.get(k), list)}
     words = [config['arch'], *chosen.values()]
-    words += [f'{k}{v}' for k,v in config.items() if k not in (*chosen,'data','size','epochs','arch_file','attn_file') and v is not None and v!=base[k]]
+    known = *chosen,'data','size','epochs','arch_file','attn_file' # which stand elsewhere
+    words += [f'{k}{v}' for k,v in config.items() if k not in known and v is not None and v!=base[k]]
     words = [Path(o).name.replace(':', '-') if is_file_name(o) else o for o in words]
     return '-'.join(words)[:200]+'-'+hashlib.sha1(json.dumps(config, sort_keys=True).encode()).hexdigest()[:6] # file systems take 255
 
@@ -307,7 +330,7 @@ def group_path(
     out, # Folder of all runs
     config:dict # One configuration, from `variants`
 )->Path: # Folder of the runs that it is compared with
-    "Where the runs on the same data, of the same size and length, stand. Folders of one name in different places have different ones"
+    "The folder of the runs on the same data, of the same size and number of epochs. Data folders of one name in different places differ"
     data = config['data']
     name = data if data in (*recipes,'text') else f"{Path(data).name}-{hashlib.sha1(data.encode()).hexdigest()[:4]}"
     if few := config.get('few'): name += f'-few{few}'
@@ -318,7 +341,7 @@ def run_path(
     config:dict, # One configuration, from `variants`
     seed:int # Of weights and of the order of data
 )->Path:
-    "Where the file of a run stands"
+    "The file of a run"
     return group_path(out, config)/variant_name(config)/f'seed{seed}.json'
 
 # %% ../../nbs/recipes/04_options.ipynb #57627f89
@@ -328,45 +351,71 @@ class Preset:
     options:list # Options of `variants`: a dict, or several, whose variants are compared
     runs:int # Runs of each variant there
     source:str # Where it is published
-    published:str # The published figure
+    published:str # The published result
     differs:str # How our setting differs
 
-_sdoria = dict(data='imagewoof', size=256, arch='xresnet50', attn=['none','ssa'], act='ReLU', opt='adam', mom=0.9, sqr_mom=0.99, eps=1e-6, lr=3e-3, sched='one_cycle', precision='fp16')
+_sdoria = dict(data='imagewoof', size=256, arch='xresnet50', attn=['none','ssa'], act='ReLU',
+    opt='adam', mom=0.9, sqr_mom=0.99, eps=1e-6, lr=3e-3, sched='one_cycle', precision='fp16')
 _sdoria_page,_sdoria_differs = 'github.com/sdoria/SimpleSelfAttention','data sets of before December 2019 there'
 _fastai = dict(data='imagenette', size=128, arch='xse_resnext50', attn='ssa', pool='MaxPool', precision='fp16')
-_thesis = dict(data='cifar10', size=32, arch='positional', modulate='all', threshold=0.1, opt='adam', mom=0.9, sqr_mom=0.999, lr=1e-3, sched='flat', wd=0., bs=40, epochs=80)
-_thesis_page,_thesis_differs = 'github.com/MeenaAlfons/posattn, MSc thesis, table 5 to 7','there the best epoch on a fifth of the training images, and no augmentation'
+_thesis = dict(data='cifar10', size=32, arch='positional', modulate='all', threshold=0.1,
+    opt='adam', mom=0.9, sqr_mom=0.999, lr=1e-3, sched='flat', wd=0., bs=40, epochs=80)
+_thesis_page = 'github.com/MeenaAlfons/posattn, MSc thesis, table 5 to 7'
+_thesis_differs = 'there the best epoch on a fifth of the training images, and no augmentation'
 _projection = dict(data='mnist', size=28, arch='projection', epochs=10)
 _projection_page,_projection_differs = 'self-projection 0.1.0, README','there Adadelta, lr 1, falling by 0.7 each epoch'
 
 def _sdoria_row(size, epochs, runs, published, data='imagenette', attn=('none','ssa')):
     "A row of the first tables of SimpleSelfAttention"
     options = dict(_sdoria, data=data, size=size, epochs=epochs, attn=list(attn))
-    return Preset([options], runs, f'{_sdoria_page}, README v0.1', published, _sdoria_differs+'; the settings are those of its notebook at Imagewoof 256/5')
+    differs = _sdoria_differs+'; the settings are those of its notebook at Imagewoof 256/5'
+    return Preset([options], runs, f'{_sdoria_page}, README v0.1', published, differs)
+
+_sdoria_50_47 = [dict(_sdoria, size=128, arch='xresnet18', lr=8e-3, attn=attn, epochs=epochs) for attn,epochs in (('none',50),('ssa',47))]
+_thesis_1d = [dict(_thesis, ndim=1, **o) for o in (dict(encoding='sinusoid', span='none'), dict(span='none'), dict(threshold=[0.,0.1]))]
+_thesis_2d = [dict(_thesis, ndim=2, **o) for o in (dict(span='none'), dict(threshold=[0.,0.1]))]
+_blurpool = dict(_fastai, epochs=5, pool='MaxBlurPool', bs=32, aug='flip', precision='fp32')
+_wan = dict(data='mnist', size=28, arch='dropconnect', drop=['none','dropout','dropconnect'], hidden='800,800', inference='mean', epochs=50)
+
+def _sdoria_256(epochs, none, ssa):
+    return Preset([dict(_sdoria, epochs=epochs)], 10, f'{_sdoria_page} at b5a8333, README', f'none {none}, ssa {ssa}', _sdoria_differs)
+
+def _fastai_2020(epochs, ssa):
+    differs = 'from the archive of 320 px there'+', with mixup of unstated strength'*(epochs>20)
+    return Preset([dict(_fastai, epochs=epochs)], 1, 'github.com/fastai/imagenette, 2020-01-train.md', f'ssa {ssa}', differs)
 
 presets = {
-    **{f'sdoria-{e}': Preset([dict(_sdoria, epochs=e)], 10, f'{_sdoria_page} at b5a8333, README', f'none {a}, ssa {b}', _sdoria_differs) for e,a,b in ((5,'61.9%','67.6%'), (20,'83.9%','85.7%'), (80,'89.9%','90.3%'))},
+    'sdoria-5': _sdoria_256(5, '61.9%', '67.6%'),
+    'sdoria-20': _sdoria_256(20, '83.9%', '85.7%'),
+    'sdoria-80': _sdoria_256(80, '89.9%', '90.3%'),
     'sdoria-woof-128-5': _sdoria_row(128, 5, 12, 'none 62.3%, ssa 65.2%, sa 64.0%', 'imagewoof', ('none','ssa','sa')),
     'sdoria-nette-128-5': _sdoria_row(128, 5, 10, 'none 85.5%, ssa 86.3%'),
     'sdoria-nette-256-5': _sdoria_row(256, 5, 6, 'none 84.6%, ssa 85.3%'),
     'sdoria-nette-256-20': _sdoria_row(256, 20, 6, 'none 93.6%, ssa 94.4%'),
-    'sdoria-50-47': Preset([dict(_sdoria, size=128, arch='xresnet18', lr=8e-3, attn=a, epochs=e) for a,e in (('none',50),('ssa',47))], 20,
-        f'{_sdoria_page} at b725fd0, README', 'none 84.98%, ssa 85.67%', 'means of the best epoch, and '+_sdoria_differs),
-    **{f'fastai-2020-{e}': Preset([dict(_fastai, epochs=e)], 1, 'github.com/fastai/imagenette, 2020-01-train.md', f'ssa {a}', 'from the archive of 320 px there'+', with mixup of unstated strength'*(e>20))
-        for e,a in ((5,'84.71%'), (20,'91.13%'), (80,'93.55%'), (200,'94.24%'))},
-    'blurpool-5': Preset([dict(_fastai, epochs=5, pool='MaxBlurPool', bs=32, aug='flip', precision='fp32')], 5, 'the first row of github.com/fastai/imagenette', 'ssa 87.43%', 'from the archive of 320 px there'),
-    'thesis-1d': Preset([dict(_thesis, ndim=1, **o) for o in (dict(encoding='sinusoid', span='none'), dict(span='none'), dict(threshold=[0.,0.1]))], 5, _thesis_page, 'sinusoids 74.9%, SIREN 72.7%, span 70.9%, window 71.7%', _thesis_differs),
-    'thesis-2d': Preset([dict(_thesis, ndim=2, **o) for o in (dict(span='none'), dict(threshold=[0.,0.1]))], 5, _thesis_page, 'SIREN 79.9%, span 80.3%, window 81.0%', _thesis_differs),
+    'sdoria-50-47': Preset(_sdoria_50_47, 20, f'{_sdoria_page} at b725fd0, README', 'none 84.98%, ssa 85.67%',
+        'means of the best epoch, and '+_sdoria_differs),
+    'fastai-2020-5': _fastai_2020(5, '84.71%'),
+    'fastai-2020-20': _fastai_2020(20, '91.13%'),
+    'fastai-2020-80': _fastai_2020(80, '93.55%'),
+    'fastai-2020-200': _fastai_2020(200, '94.24%'),
+    'blurpool-5': Preset([_blurpool], 5, 'the first row of github.com/fastai/imagenette', 'ssa 87.43%', 'from the archive of 320 px there'),
+    'thesis-1d': Preset(_thesis_1d, 5, _thesis_page, 'sinusoids 74.9%, SIREN 72.7%, span 70.9%, window 71.7%', _thesis_differs),
+    'thesis-2d': Preset(_thesis_2d, 5, _thesis_page, 'SIREN 79.9%, span 80.3%, window 81.0%', _thesis_differs),
     'projection-8': Preset([dict(_projection, size_projection=8, p=0.25)], 1, _projection_page, '95%', _projection_differs),
     'projection-4': Preset([dict(_projection, size_projection=4, p=0.75)], 1, _projection_page, '53%', _projection_differs),
-    'dropconnect': Preset([dict(data='mnist', size=28, arch='dropconnect', drop=['none','dropout','dropconnect'], hidden='800,800', inference='mean', epochs=50)], 5, 'Wan et al. 2013, section 6.1: two layers of 800', 'no figure quoted', 'lengths and rates of the schedule')}
+    'dropconnect': Preset([_wan], 5, 'Wan et al. 2013, section 6.1: two layers of 800', 'no figure quoted',
+        'lengths and rates of the schedule')}
 
 def presets_table()->str:
-    "A line for each preset: its name, data, published figure, source, and what differs here"
-    def line(k, p):
-        o = p.options[0]
-        return f"{k:15} {o['data']}, {o['size']} px, {'/'.join(dict.fromkeys(str(v['epochs']) for v in p.options))} epochs, {p.runs} run{'s'*(p.runs>1)}: {p.published}\n{'':15} {p.source}; {p.differs}"
-    return '\n'.join(line(k, p) for k,p in presets.items())
+    "Two lines for each preset: its name, data and published result; its source, and what differs here"
+    return '\n'.join(_preset_lines(name, preset) for name,preset in presets.items())
+
+def _preset_lines(name, preset):
+    first = preset.options[0]
+    epochs = '/'.join(dict.fromkeys(str(o['epochs']) for o in preset.options))
+    runs = f"{preset.runs} run{'s'*(preset.runs>1)}"
+    what = f"{first['data']}, {first['size']} px, {epochs} epochs, {runs}: {preset.published}"
+    return f"{name:15} {what}\n{'':15} {preset.source}; {preset.differs}"
 
 # %% ../../nbs/recipes/04_options.ipynb #d3cbb632
 boards = {f'{s}/{e}': dict(size=s, epochs=e) for s in (128,192,256) for e in (5,20,80,200)}
@@ -375,18 +424,22 @@ def board_options(
     board:str, # Size and epochs, such as '128/5'
     given:dict # What else is asked for
 )->dict: # Options of `variants`
-    "Options for a row of the leaderboards. A `ValueError` for an unknown row, another data set, and sizes and epochs of one's own"
+    "Options for a row of the leaderboards. Raises `ValueError` for an unknown row, another data set, and for other sizes and epochs"
     check_name(board, boards, 'board')
-    if (data := given.get('data', 'imagenette')) not in ('imagenette','imagewoof'): raise ValueError(f"boards are for imagenette and imagewoof, got {data!r}")
-    if own := [k for k in ('size','epochs') if k in given]: raise ValueError(f"a board sets {' and '.join(own)}; leave {'them' if own[1:] else 'it'} out")
+    data,own = given.get('data', 'imagenette'),[k for k in ('size','epochs') if k in given]
+    if data not in ('imagenette','imagewoof'): raise ValueError(f"boards are for imagenette and imagewoof, got {data!r}")
+    if own: raise ValueError(f"a board sets {' and '.join(own)}; leave {'them' if own[1:] else 'it'} out")
     return merge(dict(data='imagenette'), given, boards[board])
 
 def board_row(
     runs:list # Records of the runs of one variant
 )->str:
     "The row of the leaderboard in Markdown, and below it what its link must lead to: commit and versions"
-    accs,c = [o.get('value', o.get('accuracy')) for o in runs if o['state']=='done'],runs[0]['config']
+    values,config = [o.get('value', o.get('accuracy')) for o in runs if o['state']=='done'],runs[0]['config']
     commits = dict.fromkeys(str(o.get('commit')) for o in runs)
     versions = dict.fromkeys(', '.join(f'{k} {v}' for k,v in o['versions'].items()) for o in runs)
-    acc = f"{sum(accs)/len(accs):.2%}" if accs else 'no run finished'
-    return f"|{c['size']}|{c['epochs']}|[fastattn {runs[0]['variant']}](link to your code)|{acc}|{len(accs)}{', mean'*(len(accs)>1)}|\ncommit {', '.join(commits)}; {'; '.join(versions)}; data {runs[0]['archive']}"
+    accuracy = f"{sum(values)/len(values):.2%}" if values else 'no run finished'
+    count = f"{len(values)}{', mean'*(len(values)>1)}"
+    link = f"[fastattn {runs[0]['variant']}](link to your code)"
+    row = f"|{config['size']}|{config['epochs']}|{link}|{accuracy}|{count}|"
+    return f"{row}\ncommit {', '.join(commits)}; {'; '.join(versions)}; data {runs[0]['archive']}"

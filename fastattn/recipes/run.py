@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from datetime import datetime,timezone
 from filelock import FileLock,Timeout
 from functools import lru_cache
+from hashlib import sha1
+from importlib import metadata
 from pathlib import Path
 from typing import Callable
 from fastai.basics import Callback,Learner,no_random,num_distrib,set_seed
 from fastai.callback.progress import ProgressCallback
 from fastai.torch_core import rank_distrib
-from .. import __version__
 from ..callback import Checkpoint,CheckpointError,GainRecorder,everyones,is_first
 from ..core import WriteError,check_name,write_atomic
 
@@ -66,10 +67,11 @@ class RunFile(Callback):
 
 # %% ../../nbs/recipes/01_run.ipynb #cfaf542e
 class ExampleRecorder(Callback):
-    "Keep of each validation example whether the prediction was right, or where that is undefined its loss. The last validation counts"
+    """Keep whether the prediction was right for each validation example, or its loss where "right" is not defined.
+    The last validation counts"""
     order = 55
     def __init__(self,
-        metric:str # 'accuracy' and 'error_rate' keep what was right, where a prediction is one of several classes; other metrics keep the loss
+        metric:str # For 'accuracy' and 'error_rate' of single-label classes, keep what was right; for others, the loss
     ): self.metric,self.kept = metric,[]
     def before_validate(self): self.kept = []
     def after_batch(self):
@@ -82,9 +84,10 @@ class ExampleRecorder(Callback):
         try:
             with self.learn.loss_not_reduced(): loss = self.learn.loss_func(self.pred, *self.yb)
         except TypeError: return # a loss that has no `reduction`
-        return loss.reshape(len(y), -1).mean(1).half() if loss.numel() and loss.numel()%len(y)==0 else None
+        each = loss.numel() and loss.numel()%len(y)==0 # a loss for each example, or for each of its parts
+        return loss.reshape(len(y), -1).mean(1).half() if each else None
     def packed(self):
-        "As JSON takes it; None if there is nothing"
+        "What was kept, for JSON; None if there is nothing"
         if not self.kept or num_distrib()>1: return
         o = torch.cat([torch.as_tensor(o) for o in self.kept]).numpy()
         data = np.packbits(o) if o.dtype==bool else o
@@ -112,29 +115,38 @@ def describe_learner(
     learn:Learner # Not changed
 )->dict: # Plain values
     "Model, sizes of the data, loss, optimiser and callbacks: what distinguishes one Learner from another"
-    from hashlib import sha1
-    def size(dl): return len(dl.dataset) if hasattr(dl.dataset, '__len__') else None
-    loss = learn.loss_func
-    return dict(model=type(learn.model).__name__, layers=sha1(repr(learn.model).encode()).hexdigest()[:8], params=sum(o.numel() for o in learn.model.parameters()),
-        train=size(learn.dls.train), valid=size(learn.dls.valid), bs=getattr(learn.dls.train, 'bs', None) or learn.dls.train.batch_size,
-        loss=_name(loss)+(f" {vars(loss)['eps']}" if 'eps' in getattr(loss, '__dict__', {}) else ''),
-        opt=_name(learn.opt_func), lr=_name(learn.lr), wd=_name(learn.wd), metrics=[str(o.name) for o in learn.metrics],
-        cbs=sorted(o.name for o in learn.cbs))
+    model,train,loss = learn.model,learn.dls.train,learn.loss_func
+    smoothing = f" {vars(loss)['eps']}" if 'eps' in getattr(loss, '__dict__', {}) else ''
+    return dict(model=type(model).__name__, layers=sha1(repr(model).encode()).hexdigest()[:8], params=_n_params(model),
+        train=_n_items(train), valid=_n_items(learn.dls.valid), bs=getattr(train, 'bs', None) or train.batch_size,
+        loss=_name(loss)+smoothing, opt=_name(learn.opt_func), lr=_name(learn.lr), wd=_name(learn.wd),
+        metrics=[str(o.name) for o in learn.metrics], cbs=sorted(o.name for o in learn.cbs))
+
+def _n_params(model): return sum(o.numel() for o in model.parameters())
+def _n_items(dl): return len(dl.dataset) if hasattr(dl.dataset, '__len__') else None
 
 # %% ../../nbs/recipes/01_run.ipynb #06cb00b0
 checkpoint_every = 30.
 
-def _versions(): return dict(fastattn=__version__, fastai=fastai.__version__, torch=torch.__version__, timm=timm.__version__, python=platform.python_version())
+def _versions():
+    modules = dict(fastattn=fastattn, fastai=fastai, torch=torch, timm=timm)
+    return {k: o.__version__ for k,o in modules.items()} | dict(python=platform.python_version())
 
 @lru_cache
 def _commit():
-    "The commit of fastattn that runs here, if it runs from its repository, with a plus sign if files have changed since"
+    "The commit of fastattn: of its repository, with a plus sign if files have changed since, or the one that pip installed from"
     where = Path(fastattn.__file__).parent
     def git(*args): return subprocess.run(['git','-C',str(where),*args], capture_output=True, text=True, check=True).stdout.strip()
     try:
-        if not git('ls-files', '.'): return
-        return git('rev-parse', 'HEAD')+('+' if git('status', '--porcelain', '--untracked-files=no', '.') else '')
-    except (OSError,subprocess.CalledProcessError): return
+        if git('ls-files', '.'): return git('rev-parse', 'HEAD')+('+' if git('status', '--porcelain', '--untracked-files=no', '.') else '')
+    except (OSError,subprocess.CalledProcessError): pass # no git, or no repository
+    return _installed_commit()
+
+def _installed_commit():
+    "The commit that `pip install git+...` has noted; None for a release, which its version identifies"
+    try: noted = json.loads(metadata.distribution('fastattn').read_text('direct_url.json') or '{}')
+    except metadata.PackageNotFoundError: return
+    return noted.get('vcs_info', {}).get('commit_id')
 
 def _shared_loaders(dls):
     "fastai's loaders that share batches between processes, on any device (its own know only GPUs)"
@@ -157,6 +169,11 @@ def _together(learn):
 
 def _workers(dl): return getattr(dl, 'fake_l', dl).num_workers
 
+def _set_workers(dls, n):
+    "Let as many processes load data as before: they draw random numbers"
+    for dl in dls.loaders:
+        if hasattr(dl, 'fake_l'): dl.fake_l.num_workers = n
+
 def plain_message(
     e:Exception # Perhaps raised inside a callback
 )->str:
@@ -173,7 +190,8 @@ def _reason(e):
 _left = 0 # parameters of the Learners that were trained and are not collected yet
 
 def _collect_garbage(record):
-    "A Learner and its callbacks know each other, and would keep their tensors for long. A collection takes .4 s, so small models wait for others"
+    """A Learner and its callbacks refer to each other, so their tensors stay until the garbage is collected.
+    That takes .4 s, so small models wait for others"""
     global _left
     _left += record.get('params', 0) if record else math.inf
     if _left>1e7:
@@ -182,8 +200,8 @@ def _collect_garbage(record):
 
 @dataclass
 class Run:
-    """One training with one seed, kept in the file `path`.
-    A file that cannot be read is moved to a name with `.unreadable`; raises `ValueError` for one of another run"""
+    """One training with one seed, kept in the file `path`. A file that cannot be read is renamed to `....unreadable`.
+    Raises `ValueError` for the file of another run"""
     path:Path # Its file, `....json`
     variant:str # What is trained, in words
     seed:int # Of weights and of the order of data
@@ -206,14 +224,14 @@ class Run:
             os.replace(self.path, aside := self.path.with_name(self.path.name+'.unreadable'))
             print(f"{self.path} could not be read, and is now {aside}")
             return
-        if not isinstance(record, dict) or (record.get('config'),record.get('seed'))!=(self.config,self.seed):
-            raise ValueError(f"{self.path} is not the file of {self}, though it has its name{self._differs(record)}; move it away, or choose another folder")
-        return record
+        if isinstance(record, dict) and (record.get('config'),record.get('seed'))==(self.config,self.seed): return record
+        raise ValueError(f"{self.path} is not the file of {self}{self._differs(record)}: move it away, or choose another folder")
 
     def _differs(self, record):
-        was = record.get('config') if isinstance(record, dict) else None
+        "How the configuration in a file differs, in words"
+        was,now = record.get('config') if isinstance(record, dict) else None,self.config
         if not isinstance(was, dict): return ''
-        diff = [f"{k} {was.get(k)!r}, now {self.config.get(k)!r}" for k in {**was,**self.config} if was.get(k)!=self.config.get(k)]
+        diff = [f"{k} {was.get(k)!r}, now {now.get(k)!r}" for k in {**was,**now} if was.get(k)!=now.get(k)]
         return f" ({'; '.join(diff)})" if diff else ''
 
     def finished(self)->dict|None:
@@ -228,18 +246,18 @@ class Run:
             self.ckpt.mkdir(parents=True, exist_ok=True)
             (lock := FileLock(self.ckpt/'lock')).acquire(timeout=0)
         except Timeout: return None,None
-        except (FileExistsError,FileNotFoundError): return self.read(),None # whoever had it has just finished, and removed the folder meanwhile
+        except (FileExistsError,FileNotFoundError): return self.read(),None # another process has just finished, and removed the folder
         if not (record := self.finished()): return None,lock
         shutil.rmtree(self.ckpt, ignore_errors=True)
         lock.release()
         return record,None
 
     def train(self,
-        resume:bool=True, # Go on from a checkpoint, if there is one
+        resume:bool=True, # Resume from a checkpoint, if there is one
         callbacks:Callable=None # (Learner, record) -> further callbacks, such as a progress bar or a logger
     )->dict|None: # What the file holds; None if another process is training it
-        """Train to the end and keep the record; a run that is finished is only read. What fails in building or training is kept as `failed`, with the reason.
-        Raises `CheckpointError` for a checkpoint that cannot be gone on from, `WriteError` for files that cannot be written"""
+        """Train to the end and keep the record; a finished run is only read. If building or training fails, keep the reason.
+        Raises `CheckpointError` for a checkpoint that cannot be resumed from, `WriteError` for files that cannot be written"""
         record,lock = self._claim() if is_first() else (None,None)
         record,mine = everyones((record,lock is not None))[0]
         if not mine: return record
@@ -252,40 +270,54 @@ class Run:
 
     def _train(self, resume, callbacks):
         before = (self.read() or {}) if resume else {}
-        if is_first():
-            for f in self.path.parent.glob(f'.{self.path.stem}.*.tmp'): f.unlink(missing_ok=True) # of a killed process
-            if not resume: (self.ckpt/'state.pt').unlink(missing_ok=True)
-        record = dict(state='running', variant=self.variant, config=self.config, seed=self.seed, versions=_versions(), processes=max(1, num_distrib()),
-            threads=torch.get_num_threads(), started=datetime.now(timezone.utc).isoformat(timespec='seconds'), commit=_commit(),
-            device=torch.cuda.get_device_name() if torch.cuda.is_available() else 'cpu')
-        file,learn = RunFile(self.path, record),None
+        if is_first(): self._tidy(resume)
+        file,learn = RunFile(self.path, self._start()),None
         _reset_peak()
         try:
             learn = self.build()
             self._fit(learn, file, before, callbacks)
-            file.write(**self._result(record))
+            file.write(**self._result(file.record))
         except (WriteError,CheckpointError): raise
         except Exception as e: file.write(state='failed', error=_reason(e))
         finally: getattr(getattr(learn, 'mixed_precision', None), 'leave', lambda: None)()
         if is_first(): shutil.rmtree(self.ckpt, ignore_errors=True)
-        return record
+        return file.record
 
-    def _fit(self, learn, file, before, callbacks):
+    @property
+    def _state(self): return self.ckpt/'state.pt'
+
+    def _tidy(self, resume):
+        "Remove what a killed process left, and the checkpoint if it is not to be resumed from"
+        for f in self.path.parent.glob(f'.{self.path.stem}.*.tmp'): f.unlink(missing_ok=True)
+        if not resume: self._state.unlink(missing_ok=True)
+
+    def _start(self):
+        "What the record holds before anything is built"
+        device = torch.cuda.get_device_name() if torch.cuda.is_available() else 'cpu'
+        started = datetime.now(timezone.utc).isoformat(timespec='seconds')
+        return dict(state='running', variant=self.variant, config=self.config, seed=self.seed, versions=_versions(), commit=_commit(),
+            started=started, device=device, processes=max(1, num_distrib()), threads=torch.get_num_threads())
+
+    def _describe(self, learn):
+        "What the record holds of the Learner"
         metric,better = metric_of(learn, self.metric, self.better)
         train = learn.dls.train
-        if 'workers' in before and hasattr(train, 'fake_l') and (self.ckpt/'state.pt').exists():
-            for dl in learn.dls.loaders: dl.fake_l.num_workers = before['workers'] # they draw random numbers
-        file.record.update(metric=metric, better=better, archive=Path(learn.dls.path).name or None, workers=_workers(train), loader=type(train).__name__,
-            params=sum(o.numel() for o in learn.model.parameters()))
-        key = {k: file.record[k] for k in ('config','seed','versions','processes','workers','loader')}
-        examples = ExampleRecorder(metric)
-        cbs = [file,examples,GainRecorder(),Checkpoint(self.ckpt/'state.pt', key, checkpoint_every, fits=None)]
-        if callbacks: cbs += callbacks(learn, file.record)
+        return dict(metric=metric, better=better, params=_n_params(learn.model), archive=Path(learn.dls.path).name or None,
+            workers=_workers(train), loader=type(train).__name__)
+
+    def _fit(self, learn, file, before, callbacks):
+        record,resumed = file.record,self._state.exists()
+        if resumed and 'workers' in before: _set_workers(learn.dls, before['workers'])
+        record.update(self._describe(learn))
+        key = {k: record[k] for k in ('config','seed','versions','processes','workers','loader')}
+        examples = ExampleRecorder(record['metric'])
+        cbs = [file,examples,GainRecorder(),Checkpoint(self._state, key, checkpoint_every, fits=None)]
+        if callbacks: cbs += callbacks(learn, record)
         learn.remove_cb(ProgressCallback)
         set_seed(self.seed, reproducible=True)
-        if not (self.ckpt/'state.pt').exists(): file.write()
+        if not resumed: file.write()
         with learn.no_logging(),learn.added_cbs(cbs),_together(learn): self.fit(learn)
-        file.record['examples'] = examples.packed()
+        record['examples'] = examples.packed()
 
     def _result(self, record):
         if not record['epochs']: raise ValueError("fit has trained for no epoch")
@@ -294,21 +326,27 @@ class Run:
         return dict(state='done', value=value)
 
 # %% ../../nbs/recipes/01_run.ipynb #d7cd6780
-_lower = set('valid_loss train_loss error_rate mse rmse mae msle exp_rmspe perplexity hamming_loss hamming_loss_multi brier_score log_loss mean_squared_error mean_absolute_error'.split())
-_share = set('''accuracy error_rate top_k_accuracy accuracy_multi masked_accuracy balanced_accuracy_score f1_score fbeta_score precision_score recall_score jaccard_score roc_auc_score
-    apscore_multi f1_score_multi fbeta_score_multi precision_score_multi recall_score_multi roc_auc_score_multi hamming_loss hamming_loss_multi
-    dice dice_multi jaccard_coeff jaccard_coeff_multi foreground_acc balanced_accuracy'''.split())
-_higher = _share-_lower | {'r2_score','explained_variance_score','pearsonr','spearmanr','pearson_corr_coef','spearman_corr_coef','matthews_corrcoef','cohen_kappa_score','corpus_bleu_metric'}
+_shares = """accuracy balanced_accuracy balanced_accuracy_score top_k_accuracy accuracy_multi masked_accuracy foreground_acc error_rate
+    f1_score fbeta_score precision_score recall_score jaccard_score roc_auc_score hamming_loss
+    f1_score_multi fbeta_score_multi precision_score_multi recall_score_multi roc_auc_score_multi
+    apscore_multi hamming_loss_multi dice dice_multi jaccard_coeff jaccard_coeff_multi"""
+_lower_is_better = """valid_loss train_loss error_rate mse rmse mae msle exp_rmspe perplexity hamming_loss hamming_loss_multi
+    brier_score log_loss mean_squared_error mean_absolute_error"""
+_higher_is_better = """r2_score explained_variance_score pearsonr spearmanr pearson_corr_coef spearman_corr_coef
+    matthews_corrcoef cohen_kappa_score corpus_bleu_metric"""
+_share,_lower = set(_shares.split()),set(_lower_is_better.split())
+_higher = _share-_lower | set(_higher_is_better.split())
 
 def metric_of(
     learn:Learner, # Whose metrics
     metric:str=None, # A name; default: the first, or 'valid_loss' without metrics
     better:str=None # 'higher' or 'lower'; default: by the name
 )->tuple[str,str]: # The name, and 'higher' or 'lower'
-    "Which metric counts, and which way is better. Raises `ValueError` for a metric that the Learner lacks, and one whose direction is not known"
+    """Which metric counts, and which way is better.
+    Raises `ValueError` for a metric that the Learner lacks, and for one whose direction is not known"""
     names = [str(o.name) for o in learn.metrics]
     metric = check_name(metric, [*names,'valid_loss','train_loss'], 'metric') if metric else (names+['valid_loss'])[0]
     if better: return metric,check_name(better, ['higher','lower'], 'direction, better')
     if metric in _lower: return metric,'lower'
     if metric in _higher: return metric,'higher'
-    raise ValueError(f"better must be 'higher' or 'lower', for what is better of {metric!r} is not known")
+    raise ValueError(f"better must be 'higher' or 'lower', as fastattn does not know which is better for {metric!r}")
