@@ -26,7 +26,7 @@ html_static_path = ['static']
 html_css_files = ['site.css']
 html_math_renderer = 'mathml'
 html_show_copyright = html_show_sphinx = html_copy_source = False
-groups = {'Tutorials': 'tutorials/*', 'Layers': 'layers/*', 'Models': 'models/*', 'Learners': '02_learner\n01_callback\n04_interpret', 'Recipes': 'recipes/*', 'More': 'evidence\n03_bench\n00_core\nchangelog'}
+groups = {'Tutorials': 'tutorials/*', 'Layers': 'layers/*', 'Models': 'models/*', 'Learners': '02_learner\n01_callback\n04_interpret', 'Recipes': 'recipes/*', 'More': 'evidence\ngpu\n03_bench\n00_core\nchangelog'}
 toctree = '\n\n'.join(f'```{{toctree}}\n:hidden:\n:glob:\n:caption: {k}\n\n{v}\n```' for k,v in groups.items())
 bigdelimiters.update(big=1, Big=2, bigg=3, Bigg=4) # docutils knows \bigl, and not \big
 doc_link = re.compile(r'\(' + re.escape(cfg.doc_host + cfg.doc_baseurl.rstrip('/')) + r'/[^)\s]*\.html#([^)\s]+)\)')

@@ -193,11 +193,14 @@ class SpanPenalty(Callback):
         if isinstance(self.weight, dict):
             for name in self.weight: check_name(name, self.spans, 'layer')
         if any(m.threshold==0 for m in self.spans.values()): raise ValueError("SpanPenalty needs spans with a threshold above 0: without one there is no window to narrow")
+        self.weights = {n: self._weight(n, m) for n,m in self.spans.items()} # on the device before the first batch, so that none waits for them
+    def _weight(self, name, span):
+        weight = self.weight.get(name, 0.) if isinstance(self.weight, dict) else self.weight
+        return torch.as_tensor(weight, dtype=span.spread().dtype, device=span.log_sigma.device)
     def _price(self, name, span):
         "The mean price of the heads"
-        weight = self.weight.get(name, 0.) if isinstance(self.weight, dict) else self.weight
         share = (1-torch.exp(-2*span.reach*span.spread())).prod(-1) # (heads,)
-        return (torch.as_tensor(weight, dtype=share.dtype, device=share.device)*share).mean()
+        return (self.weights[name]*share).mean()
     def after_loss(self):
         if not self.training: return
         self.learn.loss_grad = self.loss_grad+torch.stack([self._price(*o) for o in self.spans.items()]).mean()
@@ -215,12 +218,14 @@ class MaskTokens(Callback):
         tokens,*label = *self.xb,*self.yb
         generator = None if self.training else self.fixed
         def rand(*shape): return torch.rand(shape, generator=generator) # on the CPU, the same on every device
+        def moved(o): return o.to(tokens.device, non_blocking=True)
         n = len(tokens)
         share = torch.cos(math.pi/2*((rand(1)+torch.arange(n)/n)%1))
         noise = rand(*tokens.shape).flatten(1)
-        mask = (noise<=torch.maximum(share[:,None], noise.amin(1, keepdim=True))).view(tokens.shape).to(tokens.device) # one cell at the least
+        mask = (noise<=torch.maximum(share[:,None], noise.amin(1, keepdim=True))).view(tokens.shape) # one cell at the least
+        mask = moved(mask)
         if (known := get_model(self.model).label) is None: label = [] # the model takes no classes
-        elif label and self.training: label = [label[0].masked_fill((rand(n)<self.p_label).to(tokens.device), known.num_embeddings-1)]
+        elif label and self.training: label = [label[0].masked_fill(moved(rand(n)<self.p_label), known.num_embeddings-1)]
         self.learn.xb,self.learn.yb = (tokens,mask,*label),(tokens.masked_fill(~mask, -100),)
 
 def masked_accuracy(

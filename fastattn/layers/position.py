@@ -198,6 +198,7 @@ class GaussianSpan(nn.Module):
         add('log_sigma', ndim)
         if full: add('lean_sigma', ndim*(ndim-1)//2)
         self.register_buffer('radius', torch.empty(heads, ndim))
+        self._windows = {}
         self.reset_parameters()
 
     def reset_parameters(self):
@@ -206,6 +207,7 @@ class GaussianSpan(nn.Module):
         if self.full: nn.init.zeros_(self.lean_sigma)
         self._set_radius([[self.reach*self.start]*self.ndim]*len(self.log_sigma))
 
+    # as PyTorch's own layers do: a public hook would be state of each instance
     def _load_from_state_dict(self, state, prefix, local_metadata, strict, missing, *args):
         super()._load_from_state_dict(state, prefix, local_metadata, strict, missing, *args)
         if self.log_sigma.is_meta: return
@@ -217,6 +219,7 @@ class GaussianSpan(nn.Module):
     def _set_radius(self, numbers):
         "Windows are made of Python's numbers, not tensors: so no step waits for a device, and compiled graphs guard them"
         self._numbers = [tuple(head) for head in numbers]
+        self._windows = {grid: self._steps(grid) for grid in self._windows}
         with torch.no_grad(): self.radius.copy_(torch.tensor(numbers, dtype=torch.float64))
 
     @property
@@ -262,6 +265,12 @@ class GaussianSpan(nn.Module):
     def windows(self, grid):
         "How many steps the window of each head reaches in each dimension of `grid`: whole numbers, at least 1 where the grid has that many"
         per_dim(tuple(grid), self.ndim, 'grid', 1)
+        if not torch.compiler.is_compiling() or torch.compiler.is_exporting(): return self._steps(grid)
+        grid = tuple([index(size) for size in grid])
+        if grid not in self._windows: self._windows[grid] = self._steps(grid)
+        return self._windows[grid] # whole numbers: compiled code is made anew when they change, and not whenever sigma does
+
+    def _steps(self, grid):
         return [tuple([_whole_steps(radius, size) for radius,size in zip(head, grid)]) for head in self._numbers]
 
     def window(self, grid):

@@ -9,6 +9,7 @@ __all__ = ['attns', 'places', 'GainedBranch', 'stages_of', 'AttnAfter', 'Attende
 # %% ../../nbs/models/00_insert.ipynb #06f56b20
 import re,sys,torch
 from collections.abc import Collection
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from inspect import signature
@@ -379,9 +380,18 @@ def _builder(attn):
     if attn is not None and not callable(attn): raise TypeError(f"attn must be a name or a callable, got {attn!r}")
     return attn,None
 
+_code_apart = []
+
+@contextmanager
+def _keep_compiled():
+    "Insertion within drops no compiled code: for new models, whose code is compiled apart from that of others"
+    _code_apart.append(True)
+    try: yield
+    finally: _code_apart.pop()
+
 def _forget_compiled():
     "Compiled code would go on without what was changed: drop it, to be compiled anew at the next call"
-    if 'torch._dynamo' in sys.modules: torch.compiler.reset() # else nothing was compiled in this process
+    if 'torch._dynamo' in sys.modules and not _code_apart: torch.compiler.reset() # without torch._dynamo nothing was compiled in this process
 
 def _note(model):
     "Keep in timm's `pretrained_cfg`, which `save_for_hf` writes to a file, which attentions are behind which modules"

@@ -197,9 +197,10 @@ def _made(folder):
 class SweepProgress:
     "Tells how far many runs are: a bar for all of them, and a line for each that ends"
     def __init__(self,
-        plan # The `Plan`
+        plan, # The `Plan`
+        at_once:int=1 # How many runs are trained at the same time
     ):
-        self.plan,self.bar,self.times,self.done = plan,None,{},0
+        self.plan,self.at_once,self.bar,self.times,self.done = plan,at_once,None,{},0
         self.total = None if plan.until else len(plan.variants)*len(list(plan.seeds))
         self.live = is_first() and (IN_NOTEBOOK or sys.stdout.isatty())
     def begin(self, run, done):
@@ -213,9 +214,10 @@ class SweepProgress:
         self.bar.update(min(999, int(1000*self._share(share))))
     def end(self, run, record):
         if record['state']=='done': self.times.setdefault(run.variant, []).append(record['time_s'])
-        value = record['state']=='done' and (f"{record['value']:.2%}" if record['metric'] in _share else f"{record['metric']} {record['value']:.4g}")
         self.done += 1
-        self.say(f"{run}: {value} in {record['time_s']:.0f} s{self._left(0)}" if value else f"{run}: failed, {record['error']}")
+        if record['state']!='done': return self.say(f"{run}: failed, {record['error']}")
+        value = f"{record['value']:.2%}" if record['metric'] in _share else f"{record['metric']} {record['value']:.4g}"
+        self.say(f"{run}: {value} in {record['time_s']:.0f} s{self._left(0)}")
     def say(self, text):
         if not is_first(): return
         if self.bar is not None and not IN_NOTEBOOK: print('\r\033[K', end='')
@@ -233,10 +235,11 @@ class SweepProgress:
         return (self.done+share)/self.total
     def _left(self, share):
         "In words, how long it will take"
-        if self.total is None: return f", at most {_time(max(0, 3600*self.plan.hours-(time.time()-self.plan.start)))} left" if self.plan.hours else ''
+        if self.total is None and not self.plan.hours: return ''
+        if self.total is None: return f", at most {_time(max(0, 3600*self.plan.hours-(time.time()-self.plan.start)))} left"
         mean = self._mean() or ((time.time()-self.began)/share if share else None)
         left = self.total-self.done-share
-        return f", about {_time(mean*left)} left" if mean and left>0 else ''
+        return f", about {_time(mean*left/self.at_once)} left" if mean and left>0 else ''
     def callback(self, learn, record): return [_EpochProgress(self)] if self.live else []
 
 def _time(s): return f'{s:.0f} s' if s<90 else f'{s/60:.0f} min' if s<5400 else f'{s/3600:.1f} h'

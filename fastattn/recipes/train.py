@@ -6,20 +6,25 @@
 __all__ = ['build_learner', 'train', 'make_parser', 'words_of', 'main']
 
 # %% ../../nbs/recipes/05_train.ipynb #a3130298
-import argparse,importlib,json,math,os,sys
-from contextlib import suppress
+import argparse,importlib,json,math,os,sys,time,torch
+from contextlib import nullcontext,suppress
 from functools import partial
 from itertools import product
 from pathlib import Path
+from subprocess import DEVNULL,PIPE,Popen,TimeoutExpired
+from tempfile import TemporaryFile
+from threading import Thread
+from types import FunctionType
 from fastai.callback.all import *
 from fastai.basics import Learner,LabelSmoothingCrossEntropy,num_distrib,set_seed
 from fastai.callback.fp16 import MixedPrecision
 from fastcore.basics import ifnone,merge
 from ..callback import Autocast,ProgressiveResize,is_first
-from ..core import check_name,write_atomic
+from ..core import check_least,check_name,write_atomic
+from ..models.insert import _keep_compiled
 from .answer import Answer,read_runs,_labels
-from .compare import Plan,SweepProgress,Variant,_ask,_check_limits,_time
-from .data import get_dls,get_tokens
+from .compare import Plan,SweepProgress,Variant,train_plan,_ask,_check_limits,_time
+from .data import data_name,get_dls,get_tokens
 from .options import (RunOption,board_options,board_row,group_path,is_file_name,learner_of,learners,load_object,opt_funcs,
     option_defaults,presets,presets_table,recipes,run_path,scheds,train_options,variant_name,variants,_added,_extras)
 
@@ -36,9 +41,10 @@ def build_learner(
     dls = _dls(c, known.data, workers)
     words = {k: c[k] for k in known.options if c[k] is not None}
     if 'arch' in known.func.__code__.co_varnames: words['arch'] = c['arch']
-    learn = known.func(dls, **words, opt_func=partial(opt, **{k: c[k] for k in params}), loss_func=LabelSmoothingCrossEntropy(eps=c['smooth']),
-        wd=c['wd'], lr=c['lr'], cbs=_callbacks(c, known))
-    if c['compile']: learn.model.compile()
+    with _keep_compiled() if c['compile'] else nullcontext():
+        learn = known.func(dls, **words, opt_func=partial(opt, **{k: c[k] for k in params}), wd=c['wd'], lr=c['lr'],
+            loss_func=LabelSmoothingCrossEntropy(eps=c['smooth']), cbs=_callbacks(c, known))
+    if c['compile']: _compile(learn.model, config)
     set_seed(seed, reproducible=True)
     return learn
 
@@ -65,6 +71,19 @@ def _variant(config, out, workers):
     return Variant(variant_name(config), build, partial(_fit, config), config, run_path(out, config, 0).parent)
 
 def _build(config, workers, seed): return build_learner(config, seed, workers)
+
+# %% ../../nbs/recipes/05_train.ipynb #gpur0002
+_own_code = {} # configuration -> function that `torch.compile` made
+
+def _run(model, *args, **kwargs): return model._call_impl(*args, **kwargs) # what a Module does when it is called and not compiled
+
+def _compile(model, config):
+    "Compile `model`. Models of one `config`, and no others, share what is compiled"
+    key = json.dumps(config, sort_keys=True)
+    if key not in _own_code:
+        code = _run.__code__.replace(co_name=f'run_{len(_own_code)}') # PyTorch keeps what it compiled with the code object
+        _own_code[key] = torch.compile(FunctionType(code, globals()), dynamic=False)
+    model._compiled_call_impl = partial(_own_code[key], model) # as `model.compile()` would set it, with code that other models share
 
 # %% ../../nbs/recipes/05_train.ipynb #8a45f919
 _trackers_of = dict(csv=None, tensorboard='fastai.callback.tensorboard', wandb='fastai.callback.wandb')
@@ -141,6 +160,19 @@ def _plan(configs, out, seeds, until, hours, workers):
     names = _labels([dict(variant=variant_name(c), config=c) for c in configs])
     return Plan([_variant(c, out, workers) for c in configs], seeds, until, hours, lambda o: names[o['variant'],o['config']['epochs']])
 
+def _plans_of(data=None, arch=None, runs=None, seed=0, until=None, hours=None, preset=None, board=None, out='runs', workers=None, opt=None,
+    **options):
+    "The plans that the words of `train` ask for. Raises `ValueError` for words that make no sense"
+    if runs is not None and runs<1: raise ValueError(f"runs must be at least 1, got {runs}")
+    if until is None and hours is not None: raise ValueError("hours is the limit of until, which is not given")
+    words = {k: v for k,v in merge(dict(data=data, opt=opt), options).items() if v is not None}
+    own = None if preset or board else _of_files(arch, words)
+    configs,usual = (own,1) if own else _configs(data, arch, opt, preset, board, options)
+    n = ifnone(runs, usual)
+    seeds = range(seed, seed+n) if runs or not until else _check_limits(None, until, hours)
+    _check_numbers(configs)
+    return _plans(configs, out, seeds, until, hours, workers)
+
 # %% ../../nbs/recipes/05_train.ipynb #07e17112
 def _dry_run(plans):
     for plan in plans:
@@ -200,9 +232,82 @@ def _start_processes():
     except ImportError as e: raise ImportError("several processes need the package accelerate: pip install fastattn[distrib]") from e
     PartialState(cpu=not torch.cuda.is_available())
 
+# %% ../../nbs/recipes/05_train.ipynb #gpur0004
+def _check_parallel(parallel):
+    check_least(1, parallel=parallel)
+    if parallel>1 and num_distrib()>1:
+        raise ValueError(f"parallel={parallel} starts processes of its own, and cannot be used where several processes train together")
+
+def _in_processes(plan, n, words):
+    "Let `n` processes train what is missing of `plan`, and tell how far they are"
+    plan.write_protocol()
+    if all(o.finished() for o in plan.runs()): return
+    env = {**os.environ, 'OMP_NUM_THREADS': str(max(1, torch.get_num_threads()//n))}
+    logs = [TemporaryFile() for _ in range(n)]
+    command = [sys.executable, '-c', 'from fastattn.recipes.train import _work; _work()']
+    workers = [Popen(command, stdin=PIPE, stdout=DEVNULL, stderr=o, env=env) for o in logs]
+    progress = SweepProgress(plan, n)
+    try:
+        for o in workers: _send(o, words)
+        _follow(plan, progress, workers)
+        for o,log in zip(workers, logs):
+            if o.returncode: progress.say(f"one of {n} processes ended early: {_last_line(log) or f'exit code {o.returncode}'}")
+    finally:
+        progress.close()
+        for o in workers: _end(o)
+
+def _send(process, words):
+    with suppress(BrokenPipeError): # it has ended
+        process.stdin.write((json.dumps(words, default=str)+'\n').encode())
+        process.stdin.flush()
+
+def _end(process):
+    "A process of `_work` ends when its pipe is closed"
+    with suppress(BrokenPipeError): process.stdin.close()
+    try: process.wait(10)
+    except TimeoutExpired: process.kill()
+
+def _last_line(log):
+    log.seek(0)
+    lines = log.read().decode(errors='replace').strip().splitlines()
+    return lines[-1] if lines else ''
+
+def _follow(plan, progress, workers):
+    "Tell which runs are finished, until all `workers` have ended"
+    seen = set()
+    for run,record in _news(plan, seen): progress.known(run, record)
+    progress.begin(f'{len(workers)} at once', len(seen))
+    working = True
+    while working:
+        working = any(o.poll() is None for o in workers)
+        for run,record in _news(plan, seen): progress.end(run, record)
+        progress.update(0.)
+        if working: time.sleep(0.2)
+
+def _news(plan, seen):
+    "The runs of `plan` that are finished and not in `seen` yet, with their records"
+    for run in [o for v in plan.variants for o in _begun(plan, v)]:
+        if run.path in seen or not (record := run.finished()): continue
+        seen.add(run.path)
+        yield run,record
+
+def _begun(plan, v):
+    return [v.run(o) for o in v.seeds() if plan.until or o in plan.seeds]
+
+def _work():
+    "One of the processes of `parallel`: train runs that no other has taken. What to do comes as a line of JSON"
+    words = json.loads(sys.stdin.readline())
+    Thread(target=_end_with_pipe, daemon=True).start()
+    i,resume,track = [words.pop(o) for o in ('plan','resume','track')]
+    train_plan(_plans_of(**words)[i], resume, partial(_trackers, track) if track else None)
+
+def _end_with_pipe():
+    os.read(0, 1) # until the process that started this one closes the pipe, or ends
+    os._exit(1)
+
 # %% ../../nbs/recipes/05_train.ipynb #9d235935
 def train(
-    data:str=None, # digits (default), mnist, cifar10, imagenette, imagewoof, same_different, a folder of images; nonlinear: also text or a file
+    data:str=None, # digits (default), mnist, cifar10, imagenette, imagewoof, same_different, or a folder; nonlinear: also text, a file
     arch=None, # An xresnet, a timm model, projection, dropconnect, positional, nonlinear, or file.py:function (default: xresnet18)
     runs:int=None, # Runs of each variant, with the same seeds (default: 1; presets have their own; boards 5); with `until`: at most so many
     seed:int=0, # The first seed
@@ -217,24 +322,19 @@ def train(
     dump:bool=False, # Print each variant's model; don't train
     track:str=None, # Also log each run with csv, tensorboard or wandb
     workers:int=None, # Processes that load data (default: the data set's)
+    parallel:int=1, # Runs at once, each trained by a process of its own: for small models, which leave a GPU idle
     **options # Options of the model and of training, one value or several: `learner_of(arch).options`, `train_options`
 )->Answer: # For several sizes or numbers of epochs a dict of them, by folder; None if nothing is trained
     """Train variants of a model with the same seeds, save each run in a file, and answer whether the idea helps.
     Raises `ValueError` before the first run if anything is wrong"""
     if preset=='list': return print(presets_table())
-    opt = options.pop('opt', None)
-    if runs is not None and runs<1: raise ValueError(f"runs must be at least 1, got {runs}")
-    if until is None and hours is not None: raise ValueError("hours is the limit of until, which is not given")
-    words = {k: v for k,v in merge(dict(data=data, opt=opt), options).items() if v is not None}
-    own = None if preset or board else _of_files(arch, words)
-    configs,usual = (own,1) if own else _configs(data, arch, opt, preset, board, options)
-    n = ifnone(runs, usual)
-    seeds = range(seed, seed+n) if runs or not until else _check_limits(None, until, hours)
+    words = dict(data=None if data is None else data_name(data), arch=arch, runs=runs, seed=seed, until=until, hours=hours,
+        preset=preset, board=board, out=out, workers=workers, **options)
+    plans = _plans_of(**words)
+    _check_parallel(parallel)
     if num_distrib()>1: _start_processes()
-    _check_numbers(configs)
     _check_out(out)
     _tracking_module(track)
-    plans = _plans(configs, out, seeds, until, hours, workers)
     for v in [v for p in plans for v in p.variants]: # building is cheap, and finds every mistake before the first run
         learn = build_learner(v.config, seed, workers)
         if dump: print(v.name, learn.model, sep='\n')
@@ -243,7 +343,10 @@ def train(
             print(f"{v.name}: learning rate {_lr_find(learn, path):.2g}, see {path}")
     if dump or lr_find: return
     if dry_run: return _dry_run(plans)
-    answers = {p.variants[0].folder.parent.name: _train(p, resume, track) for p in plans}
+    answers = {}
+    for i,p in enumerate(plans):
+        if parallel>1: _in_processes(p, parallel, dict(words, plan=i, resume=resume, track=track))
+        answers[p.variants[0].folder.parent.name] = _train(p, resume, track)
     return answers if len(plans)>1 else next(iter(answers.values()))
 
 def _train(plan, resume, track):
@@ -282,11 +385,12 @@ def make_parser(
         formatter_class=partial(argparse.HelpFormatter, max_help_position=26, width=118), allow_abbrev=False,
         epilog='Several values of an option make a sweep. --help-all shows all options; --arch NAME --help those of another model.')
     docs = _docs(train)
-    parser.add_argument('data', nargs='*', metavar='DATA', help=docs['data']+'; and file.py:function, a learner function of your own')
+    parser.add_argument('data', nargs='*', metavar='DATA', help=docs['data']+'; or file.py:function, a learner function of your own')
     parser.add_argument('--arch', nargs='+', metavar='NAME', help=docs['arch'])
     _add_model_options(parser, archs, words, everything)
     def help(k, rare): return argparse.SUPPRESS if rare and not everything else docs[k]
-    for k,t in dict(runs=int, seed=int, until=float, hours=float, preset=str, board=str, out=str, track=str, workers=int).items():
+    kinds = dict(runs=int, seed=int, until=float, hours=float, preset=str, board=str, out=str, track=str, workers=int, parallel=int)
+    for k,t in kinds.items():
         parser.add_argument('--'+k, type=t, metavar=_metavars[t], help=help(k, k in ('workers','seed')))
     for k in ('dry_run','lr_find','dump'): parser.add_argument('--'+k.replace('_', '-'), action='store_true', help=help(k, k!='dry_run'))
     parser.add_argument('--no-resume', dest='resume', action='store_false', help='Start unfinished runs anew, not from their checkpoints')
