@@ -207,6 +207,7 @@ class GaussianSpan(nn.Module):
         if self.full: nn.init.zeros_(self.lean_sigma)
         self._set_radius([[self.reach*self.start]*self.ndim]*len(self.log_sigma))
 
+    # as PyTorch's own layers do: a public hook would be state of each instance
     def _load_from_state_dict(self, state, prefix, local_metadata, strict, missing, *args):
         super()._load_from_state_dict(state, prefix, local_metadata, strict, missing, *args)
         if self.log_sigma.is_meta: return

@@ -73,12 +73,12 @@ class SelfProjection(nn.Module):
         self._check_input(x)
         matrix,vector,eps = (-1,-2),-1,self.eps
         with no_autocast(x.device.type):
-            A,B,a,b = self.project(plain(x).to(torch.promote_types(x.dtype, self.gamma.dtype)))
+            A,B,columns,rows = self.project(plain(x).to(torch.promote_types(x.dtype, self.gamma.dtype)))
             A = _norm(A, self.gamma_o, self.beta_o, matrix, eps) # (*, S, S)
             B = _norm(B, self.gamma_p, self.beta_p, matrix, eps)
-            a = _norm(a, self.gamma_o_sum, self.beta_o_sum, vector, eps)+1 # (*, S)
-            b = _norm(b, self.gamma_p_sum, self.beta_p_sum, vector, eps)+1
-            relations = a[...,None]*b[...,None,:] # (*, S, S)
+            columns = _norm(columns, self.gamma_o_sum, self.beta_o_sum, vector, eps)+1 # a of the formula, (*, S)
+            rows = _norm(rows, self.gamma_p_sum, self.beta_p_sum, vector, eps)+1 # b
+            relations = columns[...,None]*rows[...,None,:] # (*, S, S)
             return _norm((A*relations)@(B*relations), self.gamma, self.beta, matrix, eps),relations
 
     def extra_repr(self): return f'{self.size_input}, {self.size_projection}, eps={self.eps}'

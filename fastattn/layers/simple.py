@@ -268,7 +268,7 @@ class SimpleSelfAttention(nn.Module):
 
     def extra_repr(self): return f'{self.n_in}, ks={self.ks}, sym={self.sym}, scale={self.scale}'
 
-    def _load_from_state_dict(self, state_dict, prefix, *args):
+    def _load_from_state_dict(self, state_dict, prefix, *args): # as PyTorch's own layers do: a public hook would be state of each instance
         for name,theirs in _fastai_names.items():
             if prefix+theirs in state_dict: state_dict[prefix+name] = state_dict.pop(prefix+theirs)
         super()._load_from_state_dict(state_dict, prefix, *args)

@@ -214,9 +214,10 @@ class SweepProgress:
         self.bar.update(min(999, int(1000*self._share(share))))
     def end(self, run, record):
         if record['state']=='done': self.times.setdefault(run.variant, []).append(record['time_s'])
-        value = record['state']=='done' and (f"{record['value']:.2%}" if record['metric'] in _share else f"{record['metric']} {record['value']:.4g}")
         self.done += 1
-        self.say(f"{run}: {value} in {record['time_s']:.0f} s{self._left(0)}" if value else f"{run}: failed, {record['error']}")
+        if record['state']!='done': return self.say(f"{run}: failed, {record['error']}")
+        value = f"{record['value']:.2%}" if record['metric'] in _share else f"{record['metric']} {record['value']:.4g}"
+        self.say(f"{run}: {value} in {record['time_s']:.0f} s{self._left(0)}")
     def say(self, text):
         if not is_first(): return
         if self.bar is not None and not IN_NOTEBOOK: print('\r\033[K', end='')
@@ -234,7 +235,8 @@ class SweepProgress:
         return (self.done+share)/self.total
     def _left(self, share):
         "In words, how long it will take"
-        if self.total is None: return f", at most {_time(max(0, 3600*self.plan.hours-(time.time()-self.plan.start)))} left" if self.plan.hours else ''
+        if self.total is None and not self.plan.hours: return ''
+        if self.total is None: return f", at most {_time(max(0, 3600*self.plan.hours-(time.time()-self.plan.start)))} left"
         mean = self._mean() or ((time.time()-self.began)/share if share else None)
         left = self.total-self.done-share
         return f", about {_time(mean*left/self.at_once)} left" if mean and left>0 else ''

@@ -403,7 +403,8 @@ presets = {
     'thesis-2d': Preset(_thesis_2d, 5, _thesis_page, 'SIREN 79.9%, span 80.3%, window 81.0%', _thesis_differs),
     'projection-8': Preset([dict(_projection, size_projection=8, p=0.25)], 1, _projection_page, '95%', _projection_differs),
     'projection-4': Preset([dict(_projection, size_projection=4, p=0.75)], 1, _projection_page, '53%', _projection_differs),
-    'dropconnect': Preset([_wan], 5, 'Wan et al. 2013, section 6.1: two layers of 800', 'no figure quoted', 'lengths and rates of the schedule')}
+    'dropconnect': Preset([_wan], 5, 'Wan et al. 2013, section 6.1: two layers of 800', 'no figure quoted',
+        'lengths and rates of the schedule')}
 
 def presets_table()->str:
     "Two lines for each preset: its name, data and published result; its source, and what differs here"

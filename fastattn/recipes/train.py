@@ -42,8 +42,8 @@ def build_learner(
     words = {k: c[k] for k in known.options if c[k] is not None}
     if 'arch' in known.func.__code__.co_varnames: words['arch'] = c['arch']
     with _keep_compiled() if c['compile'] else nullcontext():
-        learn = known.func(dls, **words, opt_func=partial(opt, **{k: c[k] for k in params}), loss_func=LabelSmoothingCrossEntropy(eps=c['smooth']),
-            wd=c['wd'], lr=c['lr'], cbs=_callbacks(c, known))
+        learn = known.func(dls, **words, opt_func=partial(opt, **{k: c[k] for k in params}), wd=c['wd'], lr=c['lr'],
+            loss_func=LabelSmoothingCrossEntropy(eps=c['smooth']), cbs=_callbacks(c, known))
     if c['compile']: _compile(learn.model, config)
     set_seed(seed, reproducible=True)
     return learn
@@ -235,7 +235,8 @@ def _start_processes():
 # %% ../../nbs/recipes/05_train.ipynb #gpur0004
 def _check_parallel(parallel):
     check_least(1, parallel=parallel)
-    if parallel>1 and num_distrib()>1: raise ValueError(f"parallel={parallel} starts processes of its own, and cannot be used where several processes train together")
+    if parallel>1 and num_distrib()>1:
+        raise ValueError(f"parallel={parallel} starts processes of its own, and cannot be used where several processes train together")
 
 def _in_processes(plan, n, words):
     "Let `n` processes train what is missing of `plan`, and tell how far they are"
@@ -291,8 +292,7 @@ def _news(plan, seen):
         yield run,record
 
 def _begun(plan, v):
-    seeds = [int(f.stem[4:]) for f in v.folder.glob('seed*.json') if f.stem[4:].isdigit()]
-    return [v.run(o) for o in sorted(seeds) if plan.until or o in plan.seeds]
+    return [v.run(o) for o in v.seeds() if plan.until or o in plan.seeds]
 
 def _work():
     "One of the processes of `parallel`: train runs that no other has taken. What to do comes as a line of JSON"
@@ -307,7 +307,7 @@ def _end_with_pipe():
 
 # %% ../../nbs/recipes/05_train.ipynb #9d235935
 def train(
-    data:str=None, # digits (default), mnist, cifar10, imagenette, imagewoof, same_different, a folder of images; nonlinear: also text or a file
+    data:str=None, # digits (default), mnist, cifar10, imagenette, imagewoof, same_different, or a folder; nonlinear: also text, a file
     arch=None, # An xresnet, a timm model, projection, dropconnect, positional, nonlinear, or file.py:function (default: xresnet18)
     runs:int=None, # Runs of each variant, with the same seeds (default: 1; presets have their own; boards 5); with `until`: at most so many
     seed:int=0, # The first seed
@@ -385,11 +385,12 @@ def make_parser(
         formatter_class=partial(argparse.HelpFormatter, max_help_position=26, width=118), allow_abbrev=False,
         epilog='Several values of an option make a sweep. --help-all shows all options; --arch NAME --help those of another model.')
     docs = _docs(train)
-    parser.add_argument('data', nargs='*', metavar='DATA', help=docs['data']+'; and file.py:function, a learner function of your own')
+    parser.add_argument('data', nargs='*', metavar='DATA', help=docs['data']+'; or file.py:function, a learner function of your own')
     parser.add_argument('--arch', nargs='+', metavar='NAME', help=docs['arch'])
     _add_model_options(parser, archs, words, everything)
     def help(k, rare): return argparse.SUPPRESS if rare and not everything else docs[k]
-    for k,t in dict(runs=int, seed=int, until=float, hours=float, preset=str, board=str, out=str, track=str, workers=int, parallel=int).items():
+    kinds = dict(runs=int, seed=int, until=float, hours=float, preset=str, board=str, out=str, track=str, workers=int, parallel=int)
+    for k,t in kinds.items():
         parser.add_argument('--'+k, type=t, metavar=_metavars[t], help=help(k, k in ('workers','seed')))
     for k in ('dry_run','lr_find','dump'): parser.add_argument('--'+k.replace('_', '-'), action='store_true', help=help(k, k!='dry_run'))
     parser.add_argument('--no-resume', dest='resume', action='store_false', help='Start unfinished runs anew, not from their checkpoints')
