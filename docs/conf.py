@@ -36,6 +36,8 @@ symbol = r'\[(`[^`]+`)\]\([^)]*\)'
 nested = re.compile(rf'\[({symbol}(?:, {symbol})*)\]\(') # symbols linked inside the text of a link: the outer link holds
 def outer(m): return '['+re.sub(symbol, r'\1', m[1])+']('
 
+def referred(text): return nested.sub(outer, doc_link.sub(r'(#\1)', text))
+
 def to_myst(cell):
     "`show_doc` as Markdown, links to symbols as references, no directives"
     if cell.cell_type=='code':
@@ -45,7 +47,9 @@ def to_myst(cell):
             cell.cell_type,cell.source = 'markdown',''.join(mds[0] if mds else '')
             for k in ('outputs','execution_count','has_sd'): cell.pop(k, None)
         else: cell.source = re.sub(r'^#\|.*\n?', '', cell.source, flags=re.M)
-    if cell.cell_type=='markdown': cell.source = nested.sub(outer, doc_link.sub(r'(#\1)', cell.source))
+    if cell.cell_type=='markdown': cell.source = referred(cell.source)
+    for o in cell.get('outputs', []):
+        if 'text/markdown' in o.get('data',{}): o.data['text/markdown'] = referred(''.join(o.data['text/markdown']))
     cell.metadata.pop('execution', None)
 
 class Myst(FilterDefaults):

@@ -49,12 +49,11 @@ def methods(cls):
     found = {k: getattr(o, '__func__', o) for k,o in vars(cls).items() if k[0]!='_'}
     return [k for k,o in found.items() if inspect.isroutine(o) and (o.__doc__ or k=='forward') or isinstance(o, property) and o.__doc__]
 
-_targets = set()
+_targets = {}
 def target(name):
-    "Where links to `name` lead. Names may differ by capitals only, as `dropconnect` does, or private ones by their module: the first has the target"
-    if name.lower() in _targets: return []
-    _targets.add(name.lower())
-    return [f'({name.lower()})=']
+    "Where links to `name` lead. Names may differ by capitals only, as `dropconnect` does, or private ones by their page: the first has the target"
+    here = Symbol.source,name
+    return [f'({name.lower()})='] if _targets.setdefault(name.lower(), here)==here else []
 
 class Symbol(BasicMarkdownRenderer):
     "`show_doc` as MyST"
