@@ -305,11 +305,12 @@ def test_all_signatures():
 
 def test_source_is_folded():
     "Symbols of a cell in their order, then its source; private definitions too; imports and hidden cells go"
-    nb = dict2nb(dict(cells=[mk_cell(o) for o in ['#| export\nimport re', '#| export\ndef b(): pass\ndef a(): pass', '#| export\ndef _c(): pass', '#| hide\nd = 1', 'e = 1']], metadata={}, nbformat=4, nbformat_minor=5))
+    nb = dict2nb(dict(cells=[mk_cell(o) for o in ['#| export\nimport re', '#| export\ndef b(): pass\ndef a(): pass', '#| export\ndef _c(): pass', '#| exporti\ndef f(): pass', '#| hide\nd = 1', 'e = 1']], metadata={}, nbformat=4, nbformat_minor=5))
     proc = NBProcessor(nb=nb, procs=[add_symbols,fold_exports])
     proc.process()
     cells = [(o.source,o.metadata.get('mystnb', {}).get('code_prompt_show')) for o in proc.nb.cells]
-    assert cells==[('show_doc(b)',None), ('show_doc(a)',None), ('def b(): pass\ndef a(): pass','Source: b, a'), ('(_c)=',None), ('def _c(): pass','Source: _c'), ('e = 1',None)]
+    assert cells==[('show_doc(b)',None), ('show_doc(a)',None), ('def b(): pass\ndef a(): pass','Source: b, a'), ('(_c)=',None), ('def _c(): pass','Source: _c'),
+        ('(f)=',None), ('def f(): pass','Source: f'), ('e = 1',None)]
 
 def test_imports_are_run_alone():
     "A cell of imports and other code does not stop the build"
