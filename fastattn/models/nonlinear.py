@@ -14,6 +14,7 @@ from numbers import Real
 from torch import nn
 from typing import NamedTuple
 from ..core import check_least,check_name,is_number,is_whole
+from ..layers.dropconnect import _check_p
 from ..layers.local2d import Local2DAttention,NonLinearBlock
 from ..layers.position import SirenEncoding,window_steps
 
@@ -36,7 +37,7 @@ class NonLinearTransformer(nn.Module):
         super().__init__()
         check_least(1, vocab_size=vocab_size, embed_size=embed_size, iterations=iterations, depth=depth)
         check_least(0, n_labels=n_labels, global_every=global_every)
-        if not (is_number(p) and 0<=p<=1): raise ValueError(f"p is a probability, from 0 to 1, got {p!r}")
+        _check_p(p, one=True)
         self.matrix_dim = _shape(matrix_dim if isinstance(matrix_dim, (tuple,list)) else (matrix_dim,matrix_dim), 2, 'matrix_dim')
         self.iterations = iterations
         self.embed = nn.Embedding(vocab_size, embed_size)
