@@ -121,7 +121,7 @@ def test_options(tmp_path, kwargs, plain):
 @pytest.mark.filterwarnings('ignore')
 def test_nan(tmp_path, capsys):
     "A run that diverges is marked as failed, with its epoch; the sweep goes on"
-    words = dict(size=8, out=str(tmp_path/'runs'), **tiny, lr=[1e30,1e-3], epochs=2)
+    words = dict(size=8, out=str(tmp_path/'runs'), **tiny, **few, lr=[1e30,1e-3], epochs=2)
     answer = train(**words)
     bad,good = answer.runs
     assert bad['state']=='failed' and 'epoch 0' in bad['error']
