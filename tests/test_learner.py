@@ -233,7 +233,7 @@ def test_schedule_of_all_kinds(few):
     fit(learn, cbs=DropConnectSchedule(SchedLin(0., 0.4)))
     assert {o.p for o in dropconnect_layers(learn.model).values()}=={learn.model[-1].p} and len(dropconnect_layers(learn.model))==2 and 0.2<learn.model[-1].p<0.4
 
-@pytest.mark.parametrize('f,message', [(lambda d: projection_learner(d, size_projection=1), 'size_projection must be at least 2'), (lambda d: projection_learner(d, p=1.), 'p is the probability of dropout'),
+@pytest.mark.parametrize('f,message', [(lambda d: projection_learner(d, size_projection=1), 'size_projection must be at least 2'), (lambda d: projection_learner(d, p=1.), 'p is the probability of dropping'),
     (lambda d: dropconnect_learner(d, drop='droput'), "Did you mean 'dropout'"), (lambda d: dropconnect_learner(d, hidden=(8,0)), 'hidden must be numbers of units'),
     (lambda d: dropconnect_learner(d, p=1.), 'p is the probability'), (lambda d: dropconnect_learner(d, inference='max'), 'unknown inference'), (lambda d: ssa_learner(d, n_out=0), 'n_out must be at least 1')])
 def test_bad_values(few, f, message):

@@ -420,7 +420,7 @@ class Odd(nn.Module):
     (lambda: SirenEncoding(2, 8, w0=0), 'w0 must be'), (lambda: SirenEncoding(2, 8, w0=math.nan), 'w0 must be'), (lambda: SirenEncoding(2, 8, w0_first=0.), 'w0_first must be'),
     (lambda: SinusoidEncoding(2, 8, base=0), 'base must be'), (lambda: rotary(torch.ones(1, 1, 4, 4, 8, dtype=torch.long)), 'floating point'), (lambda: rotary(torch.randn(1, 1, 4, 4, 8), base=0), 'base must be'),
     (lambda: rotary(torch.randn(1, 1, 4, 4, 8), base=-2.), 'base must be'), (lambda: PositionalBlock(nn.Identity(), 8, pool=0), 'pool must be'), (lambda: PositionalBlock(nn.Identity(), 8, pool=1.5), 'pool must be'),
-    (lambda: PositionalBlock(nn.Identity(), 8, ff=0), 'ff must be'), (lambda: PositionalBlock(nn.Identity(), 8, p=math.nan), 'p is a probability'), (lambda: PositionalTransformer(3, 2, p=math.nan), 'p is a probability'),
+    (lambda: PositionalBlock(nn.Identity(), 8, ff=0), 'ff must be'), (lambda: PositionalBlock(nn.Identity(), 8, p=math.nan), 'p is the probability'), (lambda: PositionalTransformer(3, 2, p=math.nan), 'p is the probability'),
     (lambda: PositionalTransformer(3, 2, pool_after=(1.5,)), 'pool_after must be'), (lambda: PositionalTransformer(3, 2, pool_after=1), 'pool_after must be'), (lambda: PositionalTransformer(3, 2, pool_after=[True]), 'pool_after must be'),
     (lambda: PositionalTransformer(3, 2, dim=8, depth=1, heads=2)(torch.ones(1, 3, 4, 4, dtype=torch.uint8)), 'floating point'), (lambda: PositionalTransformer(3, 2, dim=8, depth=1, heads=2)(torch.ones(1, 3, 0, 4)), 'at least one position'),
     (lambda: PositionalSelfAttention(8, 2)(torch.ones(1, 4, 0, 8)), 'at least one position'), (lambda: PositionalSelfAttention(8, 2)(torch.ones(1, 4, 4, 8).long()), 'floating point'),
