@@ -166,7 +166,7 @@ if __name__=='__main__':
     parser.add_argument('--out', type=Path, default=Path('mutants.json'))
     parser.add_argument('--budget', type=float, default=60., help='seconds of tests for a mutant')
     parser.add_argument('--limit', type=float, default=900., help='seconds after which a mutant counts as killed')
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     args.map,args.out = args.map.absolute(),args.out.absolute()
     with tempfile.TemporaryDirectory() as folder:
         folder = copied(Path(folder).resolve(), args.tests)
