@@ -448,7 +448,7 @@ def segmentation(tmp_path):
     from sklearn.datasets import load_digits
     from fastai.vision.all import SegmentationDataLoaders
     for i,o in enumerate(load_digits().images[:12]):
-        ink = np.kron(o, np.ones((8,8)))/16
+        ink = np.kron(o, np.ones((4,4)))/16
         Image.fromarray(np.uint8(255*ink)).convert('RGB').save(tmp_path/f'{i}.png')
         (tmp_path/'masks').mkdir(exist_ok=True)
         Image.fromarray(np.uint8(ink>0.5)).save(tmp_path/'masks'/f'{i}.png')
