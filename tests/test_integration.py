@@ -581,7 +581,7 @@ def _one_of_two(rank, folder):
     mine = slice(2*rank, 2*rank+2)
     m,x,y = insert_attn(make('torchvision'), 'ssa', stages='all'),images(4, 32)[mine],torch.arange(4)[mine]
     seen = [_gradients(nn.parallel.DistributedDataParallel(wake(copy.deepcopy(m))), x, y)]
-    net,opt = nn.parallel.DistributedDataParallel(m.train()),torch.optim.SGD(m.parameters(), 1e-2)
+    net,opt = nn.parallel.DistributedDataParallel(m.train()),torch.optim.SGD(m.parameters(), 1e-7)
     for _ in range(2):
         _gradients(net, x, y)
         opt.step()
