@@ -108,8 +108,9 @@ def in_fork(*args, limit=None):
     p = forks.Process(target=run_pytest, args=args)
     p.start()
     p.join(limit)
-    if p.exitcode is None: p.kill()
-    return p.exitcode
+    if p.exitcode is not None: return p.exitcode
+    p.kill()
+    p.join()
 
 def copied(folder, tests):
     for o in ('fastattn','docs'): shutil.copytree(root/o, folder/o)
@@ -151,7 +152,7 @@ def run_mutants(args, folder):
         last = [o for o in (folder/'log').read_text().splitlines() if o.startswith(('FAILED','ERROR'))]
         done.append(mutant | dict(tests=len(names), killed=code!=0, by=last[-1].split(' - ')[0] if last else {None: 'time', 0: ''}.get(code, f'exit code {code}')))
         args.out.write_text(json.dumps(done, indent=1))
-        print('killed  ' if code else 'SURVIVED', f"{mutant['file']}:{mutant['line']} {mutant['function']}: {mutant['old'][:60]} -> {mutant['new'][:60]}", done[-1]['by'], flush=True)
+        print('killed  ' if done[-1]['killed'] else 'SURVIVED', f"{mutant['file']}:{mutant['line']} {mutant['function']}: {mutant['old'][:60]} -> {mutant['new'][:60]}", done[-1]['by'], flush=True)
     print(f"{sum(o['killed'] for o in done)} of {len(done)} killed")
 
 if __name__=='__main__':
