@@ -77,9 +77,13 @@ def test_table():
     assert md_table([dict(flex_ms=1.26, images_per_s=17.4)]).splitlines()[2]=='| 1.3 | 17 |'
     assert md_table([dict(ms=1., mb=None), dict(ms=2., dense_ms=3.)]).splitlines()[2:]==['| 1.0 |  |  |', '| 2.0 |  | 3.0 |']
 
-def test_rates():
-    for dtype in ('fp32','bf16'): assert peak_rate(n=64, dtype=dtype)>0
-    assert peak_bandwidth(n=2**10)>0
+@pytest.mark.parametrize('dtype', ['fp32','bf16'])
+def test_rates(monkeypatch, dtype):
+    "The best of the rounds counts: two operations for a multiply-add, in the type that is asked for; four bytes for a number that is read, four for one that is written"
+    seen = []
+    monkeypatch.setattr(mod, 'time_in_turns', lambda fs, device: [seen.append(f()) or [0.5,0.25,1.] for f in fs])
+    assert peak_rate(n=64, dtype=dtype)==2*64**3/0.25 and peak_bandwidth(n=2**10)==8*2**10/0.25
+    assert [(o.dtype,o.shape) for o in seen]==[(mod.dtypes[dtype],(64,64)),(torch.float32,(2**10,))]
 
 def test_floor_time():
     "What takes longer: the operations, two for a multiply-add, or the bytes, four for a number, in bf16 two, but for parameters"

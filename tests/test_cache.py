@@ -1,5 +1,5 @@
 "Images decoded once: the file they are kept in, the augmentation of batches, and fastai's DataLoaders on top"
-import math,os,random,signal,subprocess,sys,time
+import math,random,sys,time
 import numpy as np,pytest,torch
 from pathlib import Path
 from hypothesis import given,settings,strategies as st
@@ -9,6 +9,7 @@ from fastai.basics import Learner,load_learner,set_seed
 from fastai.vision.all import (Brightness,ClassificationInterpretation,IntToFloatTensor,Normalize,RandomResizedCrop,Resize,Transform,
     accuracy,fastai_cfg,get_image_files)
 import fastai.vision.augment as augment
+from commands import Forked
 from fastattn.recipes import cache as C
 from fastattn.recipes.cache import *
 from fastattn.recipes.data import *
@@ -469,11 +470,6 @@ def test_disk_full(ims, monkeypatch):
     with pytest.raises(OSError, match=why): dls_of(ims, cache=True)
     assert not list((ims/'.fastattn').glob('*.pt*'))
 
-env = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONWARNINGS': 'ignore'}
-def process(code, *args):
-    args = [sys.executable, '-c', code, *map(str, args)]
-    return subprocess.Popen(args, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
 killed = '''
 import sys,time,torch
 from fastattn.recipes import cache
@@ -486,12 +482,18 @@ def slow(o, f):
 cache.torch.save = slow
 get_dls(sys.argv[1], size=32, bs=4, workers=0, cache=True)
 '''
-def test_killed_writer(ims):
+
+def wait_for(seen, *processes):
+    while not seen():
+        assert all(p.running for p in processes), [p.stderr for p in processes]
+        time.sleep(0.01)
+
+def test_killed_writer(ims, tmp_path):
     "A process that is killed while it writes leaves nothing that is used, and nothing for long"
-    p = process(killed, ims)
-    assert p.stdout.readline().strip()=='writing'
-    p.send_signal(signal.SIGKILL)
-    p.wait()
+    p = Forked(tmp_path/'logs', killed, ims)
+    wait_for(lambda: p.stdout=='writing\n', p)
+    p.kill()
+    p.end()
     assert len(list((ims/'.fastattn').glob('*.tmp')))==1 and not caches(ims)
     assert same(*(batches(dls_of(ims, cache=o).valid) for o in (True,False)))
     assert len(caches(ims))==2 and not list((ims/'.fastattn').glob('*.tmp'))
@@ -507,6 +509,7 @@ def slow(*args):
     time.sleep(1)
     return decode(*args)
 data.decode_images = slow
+print('ready')
 while not Path(sys.argv[3]).exists(): time.sleep(0.01)
 set_seed(4)
 dls = data.get_dls(sys.argv[1], size=32, bs=4, workers=0, cache=True)
@@ -514,11 +517,11 @@ print(sum(float(x.abs().sum()) for dl in dls for x,_ in dl))
 '''
 def test_race(ims, tmp_path):
     "Of processes that start together one decodes each part, and all see the same"
-    ps = [process(racer, ims, tmp_path/'log', tmp_path/'go') for _ in range(2)]
-    time.sleep(5)
+    ps = [Forked(tmp_path/'logs', racer, ims, tmp_path/'log', tmp_path/'go') for _ in range(2)]
+    wait_for(lambda: all(p.stdout for p in ps), *ps)
     (tmp_path/'go').touch()
-    outs = [p.communicate(timeout=300) for p in ps]
-    assert len({o for o,_ in outs})==1 and all(o for o,_ in outs), outs
+    ends = [p.end() for p in ps]
+    assert len({o.stdout for o in ends})==1 and all(o.returncode==0 for o in ends), ends
     assert (tmp_path/'log').read_text().count('decoded')==2
 
 # What may be asked for
@@ -566,5 +569,5 @@ def test_hidden(ims):
 def test_no_bar_in_a_file(tmp_path):
     "Nothing is drawn where nobody can see it"
     code = 'from fastattn.recipes.cache import _progress; assert sum(_progress(range(5000), 5000))==12497500'
-    p = process(code)
-    assert p.communicate(timeout=120)==('','')
+    end = Forked(tmp_path, code).end()
+    assert (end.returncode,end.stdout,end.stderr)==(0,'','')

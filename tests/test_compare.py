@@ -193,7 +193,7 @@ def test_until_all_equal():
 
 def test_until_hours():
     start = time.time()
-    a = compare({'none': net, 'x': partial(net, hidden=9)}, data(), until=0.01, hours=8/3600, epochs=1)
+    a = compare({'none': net, 'x': partial(net, hidden=9)}, data(), until=0.01, hours=3/3600, epochs=1)
     assert time.time()-start<60 and 2<=a.rows.runs['none']<2000 and a.rows.verdict['x']=='open'
     assert read_protocol(Path(a.runs[0]['file']).parent)=={'kind': 'until', 'until': 0.01}
 

@@ -39,8 +39,7 @@ def check(program, m, shapes):
         with torch.no_grad(): torch.testing.assert_close(program(x), m(x), rtol=1e-3, atol=1e-4)
 
 @pytest.mark.parametrize('attn', ['ssa','positional','local'])
-@pytest.mark.parametrize('how', ['export','onnx'])
-@pytest.mark.parametrize('kind', others)
+@pytest.mark.parametrize('how,kind', [pytest.param(how, kind, marks=pytest.mark.slow if how=='onnx' and kind!='size' else []) for how in ('export','onnx') for kind in others])
 def test_layers(attn, how, kind, tmp_path):
     torch.manual_seed(0)
     m = wake(attns[attn](8))
@@ -61,8 +60,8 @@ class Last(nn.Module):
         self.layer = layer
     def forward(self, x): return self.layer(x.movedim(1, -1)).movedim(-1, 1)
 
-@pytest.mark.parametrize('ndim,kwargs', [(1,dict(encoding='sinusoid')), (2,dict(span=GaussianSpan(2, heads=2))), (2,dict(span=None, causal=True)), (2,dict(span=(1,2), causal=True)), (2,dict(combine='multiply')),
-    (2,dict(modulate='all')), (2,dict(modulate='positional')), (2,dict(encoding=None, span=3)), (2,dict(encoding='rotary', span=2)), (2,dict(span=GaussianSpan(2, 1., 0.))), (3,dict())])
+@pytest.mark.parametrize('ndim,kwargs', [(1,dict(encoding='sinusoid')), (2,dict(span=GaussianSpan(2, heads=2))), (2,dict(span=(1,2), causal=True)), (2,dict(modulate='all')), (2,dict(encoding='rotary', span=2)), *[pytest.param(*o, marks=pytest.mark.slow) for o in (
+    (2,dict(span=None, causal=True)), (2,dict(combine='multiply')), (2,dict(modulate='positional')), (2,dict(encoding=None, span=3)), (2,dict(span=GaussianSpan(2, 1., 0.))), (3,dict()))]])
 def test_options_at_any_size(ndim, kwargs):
     "The program for any size is the layer"
     torch.manual_seed(0)
@@ -77,7 +76,7 @@ def test_simple_at_any_size(scale):
     m = wake(SimpleSelfAttention(8, scale=scale))
     check(exported(m, torch.randn(2, 8, 12, 10), 'export', dims('size'), None), m, [*others['size'],(1,8,40,40)])
 
-@pytest.mark.parametrize('attn,build', [('ssa',lambda: xresnet18(n_out=4, widen=0.25)), ('positional',lambda: xresnet18(n_out=4, widen=0.25)), ('ssa',lambda: timm.create_model('test_resnet', num_classes=4))])
+@pytest.mark.parametrize('attn,build', [('ssa',lambda: xresnet18(n_out=4, widen=0.25)), pytest.param('positional', lambda: xresnet18(n_out=4, widen=0.25), marks=pytest.mark.slow), ('ssa',lambda: timm.create_model('test_resnet', num_classes=4))])
 def test_models(attn, build):
     "Images of other sides than those that were shown, small and large"
     torch.manual_seed(0)

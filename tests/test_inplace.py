@@ -58,7 +58,7 @@ def test_inplace(name, act, mode):
             for a,b in zip(outcome(layer, shape, cls, layout, mode, act, False), want):
                 torch.testing.assert_close(None if a is None else a.as_subclass(torch.Tensor), b, rtol=1e-4, atol=1e-4)
 
-@pytest.mark.parametrize('mode', modes)
+@pytest.mark.parametrize('mode', ['train', *[pytest.param(o, marks=pytest.mark.slow) for o in ('eval','no grad')]])
 @pytest.mark.parametrize('name', list(makes))
 def test_inplace_compiled(name, mode):
     "Plain tensors only: PyTorch cannot compile an `nn.Linear` or `nn.Conv2d` for fastai's classes"

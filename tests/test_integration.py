@@ -4,7 +4,8 @@ from pathlib import Path
 import numpy as np,pytest,timm,torch
 from fastai.basics import L,apply_init,norm_bias_params
 from fastai.learner import Learner
-from fastai.vision.models.xresnet import xresnet18
+from fastai.layers import ResBlock
+from fastai.vision.models.xresnet import XResNet,xresnet18
 from safetensors.torch import load_file
 from timm.layers import convert_sync_batchnorm,freeze_batch_norm_2d,unfreeze_batch_norm_2d
 from torch import nn
@@ -16,11 +17,11 @@ from fastattn.learner import dropconnect_learner,positional_learner,projection_l
 from fastattn.models.timm import attn_timm,load_model,save_model
 from fastattn.models.xresnet import attn_xresnet,xresnet18_deep_ssa,xresnet18_ssa,xresnet18_ssa_sym
 
-builders = dict(
-    xresnet=lambda: xresnet18(n_out=4),
-    timm=lambda: timm.create_model('resnet18', num_classes=4),
-    torchvision=lambda: tv.resnet18(num_classes=4),
-    convnext=lambda: timm.create_model('convnext_atto', num_classes=4))
+builders = dict( # of one block in each stage, which takes half the time
+    xresnet=lambda: XResNet(ResBlock, 1, [1,1,1,1], n_out=4),
+    timm=lambda: timm.create_model('resnet18', num_classes=4, layers=(1,1,1,1)),
+    torchvision=lambda: tv.ResNet(tv.resnet.BasicBlock, [1,1,1,1], num_classes=4),
+    convnext=lambda: timm.create_model('convnext_atto', num_classes=4, depths=(1,1,1,1)))
 
 def make(name):
     "As if trained: no branch is off"
@@ -142,8 +143,7 @@ def few():
     x,y = images(8),torch.arange(8)%4
     return DataLoaders.from_dsets(list(zip(x, y)), list(zip(x, y)), bs=4, num_workers=0)
 
-@models
-@at_both
+@pytest.mark.parametrize('name,at', [pytest.param(name, at, marks=[] if (name,at) in (('xresnet','branch'),('convnext','block')) else pytest.mark.slow) for name in builders for at in places])
 def test_inserted_into_compiled(name, at):
     "Code that was compiled before is made anew, for the model and for a function that calls it"
     m,x = make(name),images()
@@ -187,10 +187,10 @@ def test_old_folders(folder):
     torch.testing.assert_close(m(seen['x']), seen['y'], rtol=1e-5, atol=1e-6)
     assert len(attn_layers(m))==4 and set(keys(m))==set(load_file(path/'model.safetensors'))
 
-@pytest.mark.parametrize('name', ['timm','convnext'])
+@pytest.mark.parametrize('arch', ['test_resnet','test_convnext'])
 @at_both
-def test_folder(name, at, tmp_path):
-    m = wake(insert_attn(make(name), 'ssa', stages=[1,3], at=at))
+def test_folder(arch, at, tmp_path):
+    m = wake(insert_attn(trained(timm.create_model(arch, num_classes=4)), 'ssa', stages=[1,3], at=at))
     save_model(m, tmp_path)
     assert torch.equal(load_model(tmp_path).eval()(images()), m(images()))
 

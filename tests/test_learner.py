@@ -1,7 +1,7 @@
 "Learners: what they take from the data, weight decay, precision, export, and DistributedDataParallel"
 import copy,inspect,math,socket
 import pytest,torch
-import torch.multiprocessing as mp
+from commands import forks
 from fastai.basics import DataLoaders,Learner,MSELossFlat,SGD,error_rate,load_learner,partial,set_seed
 from fastai.callback.all import ChannelsLast,MCDropoutCallback
 from torch.optim.swa_utils import AveragedModel
@@ -149,9 +149,8 @@ def test_ddp():
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
         port = s.getsockname()[1]
-    ctx = mp.get_context('spawn')
-    q = ctx.Queue()
-    ps = [ctx.Process(target=_ddp, args=(i,port,q)) for i in range(2)]
+    q = forks.Queue()
+    ps = [forks.Process(target=_ddp, args=(i,port,q)) for i in range(2)]
     for p in ps: p.start()
     ends = dict(q.get(timeout=100) for _ in ps)
     for p in ps: p.join()
@@ -240,7 +239,7 @@ def test_schedule_of_all_kinds(few):
     fit(learn, cbs=DropConnectSchedule(SchedLin(0., 0.4)))
     assert {o.p for o in dropconnect_layers(learn.model).values()}=={learn.model[-1].p} and len(dropconnect_layers(learn.model))==2 and 0.2<learn.model[-1].p<0.4
 
-@pytest.mark.parametrize('f,message', [(lambda d: projection_learner(d, size_projection=1), 'size_projection must be at least 2'), (lambda d: projection_learner(d, p=1.), 'p is the probability of dropout'),
+@pytest.mark.parametrize('f,message', [(lambda d: projection_learner(d, size_projection=1), 'size_projection must be at least 2'), (lambda d: projection_learner(d, p=1.), 'p is the probability of dropping'),
     (lambda d: dropconnect_learner(d, drop='droput'), "Did you mean 'dropout'"), (lambda d: dropconnect_learner(d, hidden=(8,0)), 'hidden must be numbers of units'),
     (lambda d: dropconnect_learner(d, p=1.), 'p is the probability'), (lambda d: dropconnect_learner(d, inference='max'), 'unknown inference'), (lambda d: ssa_learner(d, n_out=0), 'n_out must be at least 1')])
 def test_bad_values(few, f, message):

@@ -119,6 +119,7 @@ def test_body_of_a_vision_learner():
     body = create_body(fx.xresnet18(), pretrained=False, cut=-4)
     assert places(insert_attn(nn.Sequential(body, nn.Identity())))==['0.4.1.convpath.2']
 
+@pytest.mark.slow # tests/test_timm.py exports a smaller model
 def test_onnx_and_export(tmp_path):
     ort = pytest.importorskip('onnxruntime')
     pytest.importorskip('onnxscript')
@@ -129,6 +130,7 @@ def test_onnx_and_export(tmp_path):
     session = ort.InferenceSession(tmp_path/'m.onnx')
     np.testing.assert_allclose(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0], m(x).detach().numpy(), rtol=1e-3, atol=1e-4)
 
+@pytest.mark.slow # likewise
 def test_compile():
     m,x = wake(attn_xresnet('xresnet18', n_out=4, widen=0.5)),torch.randn(2, 3, 64, 64)
     compiled = copy.deepcopy(m)

@@ -1,24 +1,23 @@
-import multiprocessing,os,pytest,sys,torch
-from pathlib import Path
+import multiprocessing,pytest,sys,torch
 from nbdev.config import get_config
 from nbdev.doclinks import nbglob
+from commands import forks,send_output
 
 cfg = get_config(__file__)
-# A process for each notebook: it defines what its module has defined, and an operator of torch can be defined but once.
-# They are forks of one that has imported what all import
-forks = multiprocessing.get_context('forkserver')
-forks.set_forkserver_preload(['fastai.vision.all', 'timm', 'scipy.stats', 'nbdev.test'])
 
 def run_nb(nb, log):
     "Run the cells of `nb` that are not marked to be left out, with what they print in `log`"
     from nbdev.test import test_nb
-    with open(log, 'w') as f:
-        for fd in (1,2): os.dup2(f.fileno(), fd)
+    send_output(log, log)
     flags = ['cuda'] if torch.cuda.is_available() else []
     passed,_ = test_nb(nb, skip_flags=cfg.tst_flags.split(), force_flags=flags, basepath=cfg.config_path)
     sys.exit(0 if passed else 1)
 
-@pytest.mark.parametrize('nb', nbglob(cfg.nbs_path, as_path=True), ids=lambda p: p.relative_to(cfg.nbs_path).as_posix())
+# Of over 20 seconds, nearly all of them training: tutorials export nothing, and of what the others export there are quick tests here
+slow = ('tutorials/','index','evidence','02_learner','04_interpret','recipes/03_compare','recipes/05_train')
+notebooks = {p.relative_to(cfg.nbs_path).as_posix(): p for p in nbglob(cfg.nbs_path, as_path=True)}
+
+@pytest.mark.parametrize('nb', [pytest.param(p, id=name, marks=pytest.mark.slow if name.startswith(slow) else []) for name,p in notebooks.items()])
 def test_nb(nb, tmp_path, monkeypatch):
     log,context = tmp_path/'log',forks
     if nb.stem=='07_kernels': # Triton reads the variable when it is imported, and the forks have imported it

@@ -591,3 +591,11 @@ def test_show_grids():
     texts = [t.get_text() for t in show_grids(film[-1:], 'abcdef\n').axes[0].texts]
     assert len(texts)==20 and set(texts)<=set('abcdef↵')
     plt.close('all')
+
+def test_modes_of_parts():
+    "Writing and reading leave every part in the mode it was in"
+    m = small(n_labels=3).train()
+    m.drop.eval()
+    m.generate((2,2), label=1)
+    m.classify(torch.zeros(2, 2, dtype=torch.long))
+    assert m.training and not m.drop.training and m.norm.training

@@ -12,7 +12,7 @@ from fastattn.recipes.options import *
 from fastattn.recipes.options import _extras
 from fastattn.recipes.train import *
 
-small = dict(positional=dict(size=6), nonlinear=dict(size=8), dropconnect=dict(size=6), projection=dict(size=8), xresnet18=dict(size=8))
+small = dict(positional=dict(size=6), nonlinear=dict(size=8), dropconnect=dict(size=6), projection=dict(size=8), xresnet18=dict(size=8, widen=0.125))
 # another value than the default for every option of every kind of model
 other = dict(attn='sa', stages='2', blocks='first', act='GELU', pool='MaxPool', size_projection=5, p=0.3, drop='dropout', inference='gaussian', hidden='20,30',
     ndim=1, dim=32, depth=1, heads=2, token='mean', encoding='sinusoid', span='none', sigma=0.2, threshold=0.05, combine='multiply', modulate='positional', causal=True, penalty=0.5, per_head=True, at='block', scale=True, gain_lr=3., widen=0.5,
@@ -145,9 +145,9 @@ def test_files(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code = 'from fastai.basics import *\ndef f(dls, width=4, **kwargs): return Learner(dls, nn.Sequential(nn.Flatten(), nn.Linear(36, width), nn.Linear(width, 10)), metrics=accuracy, **kwargs)\ndef g(dls, attn="ssa", **kwargs): return f(dls, 4 if attn=="none" else 6, **kwargs)\n'
     Path('mine.py').write_text(code)
-    a = train(**words_of('mine.py:f --size 6 --epochs 1'.split()))
+    a = train(**words_of('mine.py:f --size 6 --few 4 --bs 16 --epochs 1'.split()))
     assert [o['config']['arch'] for o in a.runs]==['xresnet18','mine.py:f'] and a.baseline.startswith('xresnet18')
-    b = train(**words_of('mine.py:g --size 6 --epochs 1'.split()))
+    b = train(**words_of('mine.py:g --size 6 --few 4 --bs 16 --epochs 1'.split()))
     assert [o['config']['attn'] for o in b.runs]==['none','ssa'] and b.baseline=='none'
     before = variants(arch='mine.py:f')
     Path('mine.py').write_text(code+'\n')

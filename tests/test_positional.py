@@ -131,7 +131,7 @@ def test_precision():
         assert y.dtype==dtype
         torch.testing.assert_close(y.float(), want, rtol=0.1, atol=0.05)
 
-@pytest.mark.parametrize('size,heads', [((6,6),1),((20,20),1),((20,20),2)])
+@pytest.mark.parametrize('size,heads', [((6,6),1), pytest.param((20,20), 1, marks=pytest.mark.slow), ((20,20),2)])
 def test_copies_compile_export(size, heads):
     "In both forms of local attention, with windows of the heads' own; a compiled model follows a span that moves"
     torch.compiler.reset() # the graphs of other cases count towards one limit
@@ -329,8 +329,8 @@ def test_low_precision_models(dtype):
     steps = window_steps((500,))
     torch.testing.assert_close(copy.deepcopy(e).to(dtype)(steps, (501,)).float(), e(steps, (501,)), rtol=0.02, atol=0.02)
 
-@pytest.mark.parametrize('kwargs,size', [(dict(), (6,5)), (dict(span=GaussianSpan(2, 0.03)), (24,20)), (dict(span=spread_heads(2)), (24,20)), (dict(encoding=None, span=3), (6,5)), (dict(encoding=None, span=3), (24,20)),
-    (dict(encoding='rotary', span=None), (6,5)), (dict(span=GaussianSpan(2, 0.03), modulate='all'), (24,20)), (dict(combine='multiply'), (6,5))])
+@pytest.mark.parametrize('kwargs,size', [(dict(), (6,5)), (dict(span=GaussianSpan(2, 0.03)), (24,20)), (dict(span=spread_heads(2)), (24,20)), *[pytest.param(*o, marks=pytest.mark.slow) for o in (
+    (dict(encoding=None, span=3), (6,5)), (dict(encoding=None, span=3), (24,20)), (dict(encoding='rotary', span=None), (6,5)), (dict(span=GaussianSpan(2, 0.03), modulate='all'), (24,20)), (dict(combine='multiply'), (6,5)))]])
 def test_dynamic_batch(kwargs, size, tmp_path):
     "Exported with a bounded batch, and to ONNX for any batch, narrow and wide"
     ort = pytest.importorskip('onnxruntime')
@@ -420,7 +420,7 @@ class Odd(nn.Module):
     (lambda: SirenEncoding(2, 8, w0=0), 'w0 must be'), (lambda: SirenEncoding(2, 8, w0=math.nan), 'w0 must be'), (lambda: SirenEncoding(2, 8, w0_first=0.), 'w0_first must be'),
     (lambda: SinusoidEncoding(2, 8, base=0), 'base must be'), (lambda: rotary(torch.ones(1, 1, 4, 4, 8, dtype=torch.long)), 'floating point'), (lambda: rotary(torch.randn(1, 1, 4, 4, 8), base=0), 'base must be'),
     (lambda: rotary(torch.randn(1, 1, 4, 4, 8), base=-2.), 'base must be'), (lambda: PositionalBlock(nn.Identity(), 8, pool=0), 'pool must be'), (lambda: PositionalBlock(nn.Identity(), 8, pool=1.5), 'pool must be'),
-    (lambda: PositionalBlock(nn.Identity(), 8, ff=0), 'ff must be'), (lambda: PositionalBlock(nn.Identity(), 8, p=math.nan), 'p is a probability'), (lambda: PositionalTransformer(3, 2, p=math.nan), 'p is a probability'),
+    (lambda: PositionalBlock(nn.Identity(), 8, ff=0), 'ff must be'), (lambda: PositionalBlock(nn.Identity(), 8, p=math.nan), 'p is the probability'), (lambda: PositionalTransformer(3, 2, p=math.nan), 'p is the probability'),
     (lambda: PositionalTransformer(3, 2, pool_after=(1.5,)), 'pool_after must be'), (lambda: PositionalTransformer(3, 2, pool_after=1), 'pool_after must be'), (lambda: PositionalTransformer(3, 2, pool_after=[True]), 'pool_after must be'),
     (lambda: PositionalTransformer(3, 2, dim=8, depth=1, heads=2)(torch.ones(1, 3, 4, 4, dtype=torch.uint8)), 'floating point'), (lambda: PositionalTransformer(3, 2, dim=8, depth=1, heads=2)(torch.ones(1, 3, 0, 4)), 'at least one position'),
     (lambda: PositionalSelfAttention(8, 2)(torch.ones(1, 4, 0, 8)), 'at least one position'), (lambda: PositionalSelfAttention(8, 2)(torch.ones(1, 4, 4, 8).long()), 'floating point'),

@@ -1,5 +1,5 @@
 "Attention in models of timm and torchvision: insertion, removal, sites, folders, registry, export, Learners"
-import copy,json,pickle,subprocess,sys
+import copy,json,pickle
 from pathlib import Path
 import numpy as np,pytest,timm,torch
 from fastai.basics import load_learner,partial,set_seed
@@ -8,6 +8,7 @@ from fastai.vision.learner import create_body,vision_learner
 from fastai.vision.models.xresnet import xresnet18
 from torch import nn
 from torchvision import models as tv
+from commands import Forked
 from fastattn.callback import NoWeightDecay,SpanRecorder
 from fastattn.interpret import attention_map,show_attention
 from fastattn.layers.positional import PositionalSelfAttention
@@ -138,7 +139,8 @@ def test_new_process(tmp_path):
 m,x,y = torch.load({str(tmp_path/'m.pt')!r}, weights_only=False)
 for o in m.modules(): o.register_forward_hook(lambda *a: None)
 assert torch.allclose(m(x), y, atol=1e-5)'''
-    subprocess.run([sys.executable, '-c', code], check=True)
+    end = Forked(tmp_path/'logs', code).end()
+    assert end.returncode==0, end.stderr
 
 def test_dtype_device_mode():
     m = make('resnet18').double()

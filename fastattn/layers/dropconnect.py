@@ -97,8 +97,10 @@ def _backward(ctx, grad):
 _masked_product.register_autograd(_backward, setup_context=_save_inputs)
 
 # %% ../../nbs/layers/02_dropconnect.ipynb #b0b488e9
-def _check_p(p):
-    if not (is_number(p) and 0<=p<1): raise ValueError(f"p is the probability of dropping, from 0 to less than 1; got {p!r}")
+def _check_p(p, one=False):
+    "Raises `ValueError` if `p` is no probability of dropping; may it be `one`?"
+    if is_number(p) and (0<=p<1 or one and p==1): return
+    raise ValueError(f"p is the probability of dropping, from 0 to {'' if one else 'less than '}1; got {p!r}")
 
 _few = 2**18 # elements of a mask that is simply held
 

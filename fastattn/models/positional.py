@@ -9,14 +9,12 @@ __all__ = ['tokens', 'PositionalBlock', 'PositionalTransformer']
 import copy
 from torch import nn
 import torch.nn.functional as F
-from ..core import check_least,check_name,is_number,is_whole
+from ..core import check_least,check_name,is_whole
+from ..layers.dropconnect import _check_p
 from ..layers.positional import PositionalSelfAttention
 
 # %% ../../nbs/models/03_positional.ipynb #95155b7d
 _pools = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
-
-def _check_p(p):
-    if not (is_number(p) and 0<=p<=1): raise ValueError(f"p is a probability, from 0 to 1, got {p!r}")
 
 class PositionalBlock(nn.Module):
     """Attention and a two-layer network, each with dropout, a sum and a layer norm; then max-pooling if `pool` is more than 1.
@@ -31,7 +29,7 @@ class PositionalBlock(nn.Module):
         super().__init__()
         if not isinstance(attn, nn.Module): raise TypeError(f"attn must be a module, got {type(attn).__name__}")
         check_least(1, dim=dim, ff=ff, pool=pool)
-        _check_p(p)
+        _check_p(p, one=True)
         self.attn,self.pool = attn,pool
         self.ff = nn.Sequential(nn.Linear(dim, ff), nn.Dropout(p), nn.ReLU(), nn.Linear(ff, dim))
         self.norm1,self.norm2,self.drop = nn.LayerNorm(dim),nn.LayerNorm(dim),nn.Dropout(p)
@@ -75,7 +73,7 @@ class PositionalTransformer(nn.Module):
     ):
         super().__init__()
         check_least(1, c_in=c_in, n_out=n_out, ndim=ndim, dim=dim, depth=depth, ff=ff, pool=pool)
-        _check_p(p)
+        _check_p(p, one=True)
         _check_pools(pool_after, depth, ndim)
         if attn is not None and not callable(attn):
             raise ValueError(f"attn must be a function of the number of the block, or None, got {attn!r}")

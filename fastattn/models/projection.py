@@ -8,7 +8,8 @@ __all__ = ['ProjectionClassifier']
 # %% ../../nbs/models/02_projection.ipynb #41657ec3
 from math import prod
 from torch import nn
-from ..core import check_least,is_number
+from ..core import check_least
+from ..layers.dropconnect import _check_p
 from ..layers.projection import SelfProjection
 
 # %% ../../nbs/models/02_projection.ipynb #942fe454
@@ -24,7 +25,7 @@ class ProjectionClassifier(nn.Module):
     ):
         super().__init__()
         check_least(1, n_out=n_out, c_in=c_in)
-        if not (is_number(p) and 0<=p<1): raise ValueError(f"p is the probability of dropout, from 0 to less than 1; got {p!r}")
+        _check_p(p)
         self.projection = SelfProjection(size_input, size_projection)
         self.c_in,n = c_in,c_in*size_projection**2
         self.head = nn.Sequential(nn.Flatten(), nn.Dropout(p), nn.ReLU(), nn.Linear(n, n), nn.ReLU(), nn.Linear(n, n_out))
