@@ -93,6 +93,8 @@ class _Seen(NamedTuple):
     weights:torch.Tensor = None
     dim:int = None
 
+def _cuts_windows(layer): return hasattr(layer, 'shift_size') or hasattr(layer, 'partition_block') # Swin Transformers; MaxViT
+
 _softmaxes = {'aten._softmax.default','aten._safe_softmax.default'}
 _gates = {'aten.sigmoid.default','aten.sigmoid_.default','aten.hardsigmoid.default','aten.hardsigmoid_.default'}
 
@@ -121,7 +123,7 @@ class _Watch(TorchDispatchMode):
         if any(_has_own_map(o.layer) for o in self.running): return
         inserted = [o for o in self.running if hasattr(o.layer, 'attn_name')]
         asked = inserted or [o for o in self.running if next(o.layer.parameters(), None) is not None][::-1]
-        windows = [o for o in self.running if hasattr(o.layer, 'window_size') and hasattr(o.layer, 'shift_size')]
+        windows = [o for o in self.running if _cuts_windows(o.layer)]
         if asked and asked[0].x is not None: self.seen.append(_Seen(asked[0], windows[-1] if windows else None, weights.detach().clone(), dim))
 
 @contextmanager
@@ -184,7 +186,7 @@ def _pairs(o, size):
     if p.dim() not in (3,4) or x.dim() not in (3,4) or 1 not in x.shape[:2 if x.dim()==3 else 1]: return
     q,k = p.shape[-2:]
     grids = [tuple(g) for g in (x.shape[2:],x.shape[1:3]) if x.dim()==4 and _fits(g, size)]
-    if not {q,k}&set([prod(g) for g in grids] if x.dim()==4 else x.shape[:2]): return
+    if not {q,k}&set([prod(g) for g in grids] if x.dim()==4 else [max(x.shape[:2])]): return
     def place(n): return next(((0,g) for g in grids if prod(g)==n), None) or _grid_of(n, size)
     queries,keys = None if q==1 else place(q),place(k)
     if keys is None or queries is None and q>1: return
@@ -202,12 +204,24 @@ def _shifted_windows(window, grid):
     if ours: at = at.roll([-o for o in shift], (0,1))
     return at.unflatten(1, (-1,size[1])).unflatten(0, (-1,size[0])).transpose(1, 2).flatten(2).flatten(0, 1)
 
+def _partitions(layer, grid):
+    "The same as timm's MaxViT cuts them: neighbours, or positions of the whole grid that are equally far apart"
+    (rows,cols),at = layer.partition_size,torch.arange(prod(grid)).view(grid)
+    if layer.partition_block: at = at.view(-1, rows, grid[1]//cols, cols).transpose(1, 2)
+    else: at = at.view(rows, -1, cols, grid[1]//cols).permute(1, 3, 0, 2)
+    return at.flatten(2).flatten(0, 1)
+
+def _windows_of(window):
+    "The grid that is cut, and which position each place of each window has"
+    first = type(window.layer).__name__=='PartitionAttention2d' # the only one with the channels first
+    grid = tuple(window.x.shape[2:] if first else window.x.shape[1:3])
+    return grid,_partitions(window.layer, grid) if hasattr(window.layer, 'partition_block') else _shifted_windows(window, grid)
+
 def _window_look(o, at, size):
     "Where `at` looks inside its window"
     if at is None: raise ValueError("point is needed: the model has no class token")
-    grid = tuple(o.window.x.shape[1:3])
+    grid,places = _windows_of(o.window)
     i,j = _scaled(at, size, grid)
-    places = _shifted_windows(o.window, grid)
     window,query = (places==i*grid[1]+j).nonzero()[0]
     m,row = o.weights.new_zeros(prod(grid)+1),o.weights[window].mean(0)[query] # a mean over heads
     m[places[window]] = row # padding goes to the last
@@ -227,7 +241,7 @@ def _gate_maps(o):
 def _path_maps(o):
     "Weights of a softmax over paths, for each channel"
     w = o.weights.movedim(o.dim, 0).flatten(1) # (paths, channels)
-    if o.run.x.dim()<4 or max(o.weights.shape)*len(w)!=w.numel() or len(w)>8: return {}
+    if o.run.x.dim()<4 or o.dim!=1 or max(o.weights.shape)*len(w)!=w.numel() or len(w)>8: return {} # paths come first in each example
     return {f'{o.run.name} path {i}': v for i,v in enumerate(w)}
 
 def _maps_of(o, at, size):

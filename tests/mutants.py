@@ -138,10 +138,11 @@ def tests_of(known, mutant, budget):
     return chosen
 
 def run_mutants(args, folder):
-    known,done = json.loads(args.map.read_text()),json.loads(args.out.read_text()) if args.out.exists() else []
+    known = {} if args.files else json.loads(args.map.read_text())
+    done = json.loads(args.out.read_text()) if args.out.exists() else []
     for mutant,source in mutants(root/'fastattn', args.n, args.seed, args.module):
         if any(all(o[k]==v for k,v in mutant.items()) for o in done): continue
-        names = tests_of(known, mutant, args.budget)
+        names = args.files or tests_of(known, mutant, args.budget)
         file = folder/'fastattn'/mutant['file']
         file.write_text(source)
         (folder/'log').write_text('')
@@ -156,7 +157,7 @@ def run_mutants(args, folder):
 if __name__=='__main__':
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('what', choices=['map','run'])
-    parser.add_argument('files', nargs='*', help='map: test files (default: all that run in the process)')
+    parser.add_argument('files', nargs='*', help='map: test files (default: all that run in the process). run: tests to run for each mutant (default: those that call it)')
     parser.add_argument('-n', type=int, default=40, help='mutants')
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--module', default='', help='only files that begin so, such as recipes/')
@@ -165,7 +166,7 @@ if __name__=='__main__':
     parser.add_argument('--out', type=Path, default=Path('mutants.json'))
     parser.add_argument('--budget', type=float, default=60., help='seconds of tests for a mutant')
     parser.add_argument('--limit', type=float, default=900., help='seconds after which a mutant counts as killed')
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     args.map,args.out = args.map.absolute(),args.out.absolute()
     with tempfile.TemporaryDirectory() as folder:
         folder = copied(Path(folder).resolve(), args.tests)

@@ -448,7 +448,7 @@ def segmentation(tmp_path):
     from sklearn.datasets import load_digits
     from fastai.vision.all import SegmentationDataLoaders
     for i,o in enumerate(load_digits().images[:12]):
-        ink = np.kron(o, np.ones((8,8)))/16
+        ink = np.kron(o, np.ones((4,4)))/16
         Image.fromarray(np.uint8(255*ink)).convert('RGB').save(tmp_path/f'{i}.png')
         (tmp_path/'masks').mkdir(exist_ok=True)
         Image.fromarray(np.uint8(ink>0.5)).save(tmp_path/'masks'/f'{i}.png')
@@ -568,3 +568,36 @@ def test_layout_is_kept(shape, order):
     y += 1
     y.sum().backward()
     assert after[0].gamma.grad is not None
+
+def _gradients(m, x, y):
+    m.zero_grad()
+    nn.functional.cross_entropy(m(x), y).backward()
+    return {k: p.grad.clone() for k,p in m.named_parameters()}
+
+def _one_of_two(rank, folder):
+    "Gradients with fixed statistics; then weights after each of two steps in training"
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group('gloo', init_method=f'file://{folder}/meet', rank=rank, world_size=2)
+    mine = slice(2*rank, 2*rank+2)
+    m,x,y = insert_attn(make('torchvision'), 'ssa', stages='all'),images(4, 32)[mine],torch.arange(4)[mine]
+    seen = [_gradients(nn.parallel.DistributedDataParallel(wake(copy.deepcopy(m))), x, y)]
+    net,opt = nn.parallel.DistributedDataParallel(m.train()),torch.optim.SGD(m.parameters(), 1e-7)
+    for _ in range(2):
+        _gradients(net, x, y)
+        opt.step()
+        seen.append({k: p.detach().clone() for k,p in m.named_parameters()})
+    torch.save(seen, folder/f'{rank}.pt')
+    torch.distributed.destroy_process_group()
+
+@pytest.mark.slow
+def test_two_processes(tmp_path):
+    "Gradients are those of one process on both batches; all gains move, and weights stay equal"
+    torch.multiprocessing.spawn(_one_of_two, (tmp_path,), nprocs=2)
+    ours,theirs = (torch.load(tmp_path/f'{rank}.pt') for rank in range(2))
+    assert all(same_state(a, b) for a,b in zip(ours, theirs))
+    want = _gradients(wake(insert_attn(make('torchvision'), 'ssa', stages='all')), images(4, 32), torch.arange(4))
+    got = {k.removeprefix('module.'): v for k,v in ours[0].items()}
+    assert got.keys()==want.keys()
+    for k,v in want.items(): torch.testing.assert_close(got[k], v, rtol=1e-3, atol=1e-4*v.abs().max().item())
+    first,second = ([v.item() for k,v in o.items() if k.endswith('gamma')] for o in ours[1:])
+    assert len(first)==4 and all(first) and all(i!=j for i,j in zip(first, second))

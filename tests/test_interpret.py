@@ -2,6 +2,7 @@
 import io,matplotlib.pyplot as plt,numpy as np,PIL.Image,pytest,timm,torch
 from timm.layers import create_attn
 from timm.layers.non_local_attn import BatNonLocalAttn
+from timm.models.maxxvit import MaxxVitTransformerCfg,PartitionAttention2d,PartitionAttentionCl
 from timm.models.swin_transformer import SwinTransformerBlock
 from timm.utils import AttentionExtract
 from torch import nn
@@ -153,6 +154,33 @@ def check_windows(m, attn, x, y, grid):
             if (total := o.sum().item())<0.999: continue # some of it goes to the padding
             torch.testing.assert_close(attn.proj(o.flatten()@v), y[0,i,j], rtol=1e-4, atol=1e-5)
 
+@pytest.mark.parametrize('kind', ['block','grid'])
+@pytest.mark.parametrize('cls', [PartitionAttentionCl,PartitionAttention2d])
+def test_windows_of_maxvit(cls, kind):
+    "Windows of neighbours, and of positions that are equally far apart; as the layer computes with one head"
+    torch.manual_seed(0)
+    grid,cut = (6,8),(3,2)
+    m = cls(8, kind, MaxxVitTransformerCfg(dim_head=8, window_size=cut, grid_size=cut)).eval()
+    m.norm1 = m.mlp = nn.Identity()
+    x = torch.randn(1, 8, *grid)
+    last = cls is PartitionAttentionCl
+    y = m._partition_attn(x.movedim(1, -1)).movedim(-1, 1) if last else m._partition_attn(x)
+    qkv,proj = m.attn.qkv,m.attn.proj
+    v = nn.functional.linear(x[0].flatten(1).T, qkv.weight.view(24, 8)[16:], qkv.bias[16:])
+    for i,j in ((0,0),(5,7),(2,3)):
+        o, = _all_maps(m, x.movedim(1, -1) if last else x, (i,j), grid).values()
+        rows,cols = ({i//3*3+k for k in range(3)},{j//2*2+k for k in range(2)}) if kind=='block' else ({i%2+2*k for k in range(3)},{j%4+4*k for k in range(2)})
+        assert {tuple(p) for p in o.nonzero().tolist()}=={(a,b) for a in rows for b in cols}
+        want = nn.functional.linear(o.flatten()@v, proj.weight.view(8, 8), proj.bias)
+        torch.testing.assert_close(y[0,:,i,j], want, rtol=1e-4, atol=1e-5)
+
+def test_maxvit():
+    m = timm.create_model('maxvit_rmlp_pico_rw_256', img_size=64, embed_dim=(32,32,32,32), depths=(1,1,1,1))
+    maps = maps_of(m, images((64,64)), (20,40))
+    attended = {k: o for k,o in maps.items() if 'attn_block' in k or 'attn_grid' in k}
+    assert len(attended)==8
+    for o in attended.values(): torch.testing.assert_close(o.sum(), torch.tensor(1.))
+
 @pytest.mark.parametrize('build', [
     lambda: timm.create_model('swin_tiny_patch4_window7_224', img_size=64, window_size=4, depths=(2,2), num_heads=(1,2), embed_dim=32),
     lambda: timm.create_model('swinv2_tiny_window8_256', img_size=64, window_size=4, depths=(2,2), num_heads=(1,2), embed_dim=32),
@@ -201,6 +229,15 @@ def test_no_scrambled_maps(arch):
     "Tokens that stand in an order of their own, in several windows, or channels that look at channels"
     m = timm.create_model(arch)
     assert all('cls' in k for k in maps_of(m, images((224,224)), (0,0)))
+
+@pytest.mark.parametrize('arch,title', [('mobilevit_xxs','class'), ('mobilevitv2_050','class'), ('edgenext_xx_small','class'), ('halonet26t','class'), ('hiera_tiny_224',None)])
+def test_no_map_of_attention(arch, title):
+    "Attention that cannot be put back onto the image: Grad-CAM, or an error where stages are no maps"
+    m = timm.create_model(arch)
+    size = (224,224) if 'hiera' in arch else (256,256) if 'halo' in arch else (64,64)
+    if title is None:
+        with pytest.raises(ValueError, match='nothing to draw in Hiera'): show_attention(m, images(size), (0,0))
+    else: assert {o.get_title().split()[0] for o in show_attention(m, images(size), (0,0)).axes if o.get_title()}=={'image',title}
 
 # Films
 
