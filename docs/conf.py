@@ -1,15 +1,15 @@
 "Sphinx reads nbs/ as it stands; nbdev's processors run over each notebook as it is read"
-import os,re
+import os,re,sys
 from docutils import nodes
 from docutils.utils.math import MathError
 from docutils.utils.math.latex2mathml import bigdelimiters,tex2mathml
-from fastcore.basics import patch
-from fastcore.docments import MarkdownRenderer
 from fastcore.nbio import mk_cell,nb2str,read_nb
+from nbdev import showdoc
 from nbdev.config import get_config
 from nbdev.processors import FilterDefaults
-from nbdev.showdoc import BasicMarkdownRenderer
 from sphinx.util.logging import getLogger
+sys.path.insert(0, os.path.dirname(__file__))
+from symbols import Symbol,add_symbols,begin_page,fold_exports,run_symbols,source_pages
 
 os.environ['IN_TEST'] = '1'
 cfg = get_config(__file__)
@@ -26,7 +26,8 @@ html_static_path = ['static']
 html_css_files = ['site.css']
 html_math_renderer = 'mathml'
 html_show_copyright = html_show_sphinx = html_copy_source = False
-groups = {'Tutorials': 'tutorials/*', 'Layers': 'layers/*', 'Models': 'models/*', 'Learners': '02_learner\n01_callback\n04_interpret', 'Recipes': 'recipes/*', 'More': 'evidence\ngpu\n03_bench\n00_core\nchangelog'}
+groups = {'Use': 'howto\ncommands', 'Tutorials': 'tutorials/*', 'Layers': 'layers/*', 'Models': 'models/*', 'Learners': '02_learner\n01_callback\n04_interpret',
+    'Recipes': 'recipes/*', 'More': 'evidence\ngpu\n03_bench\n00_core\nchangelog'}
 toctree = '\n\n'.join(f'```{{toctree}}\n:hidden:\n:glob:\n:caption: {k}\n\n{v}\n```' for k,v in groups.items())
 bigdelimiters.update(big=1, Big=2, bigg=3, Bigg=4) # docutils knows \bigl, and not \big
 doc_link = re.compile(r'\(' + re.escape(cfg.doc_host + cfg.doc_baseurl.rstrip('/')) + r'/[^)\s]*\.html#([^)\s]+)\)')
@@ -35,30 +36,31 @@ symbol = r'\[(`[^`]+`)\]\([^)]*\)'
 nested = re.compile(rf'\[({symbol}(?:, {symbol})*)\]\(') # symbols linked inside the text of a link: the outer link holds
 def outer(m): return '['+re.sub(symbol, r'\1', m[1])+']('
 
-targets = {} # a function may differ from a class, such as dropconnect, by its capitals only: the first has the target
-
-@patch
-def _repr_markdown_(self:BasicMarkdownRenderer):
-    target = f'({self.nm.lower()})=\n' if targets.setdefault(self.nm.lower(), self.nm)==self.nm else ''
-    return f"{target}{'#'*self.title_level} {self.nm}\n\n{MarkdownRenderer._repr_markdown_(self)}"
+def referred(text): return nested.sub(outer, doc_link.sub(r'(#\1)', text))
 
 def to_myst(cell):
     "`show_doc` as Markdown, links to symbols as references, no directives"
     if cell.cell_type=='code':
         mds = [o.data['text/markdown'] for o in cell.outputs if 'text/markdown' in o.get('data',{})]
-        if cell.source.lstrip().startswith('#| echo: false') and mds:
-            cell.cell_type,cell.source = 'markdown',''.join(mds[0])
+        if cell.source.lstrip().startswith('#| echo: false'):
+            if not mds and 'show_doc(' in cell.source: raise ValueError(f'no docs of a symbol come of {cell.source}')
+            cell.cell_type,cell.source = 'markdown',''.join(mds[0] if mds else '')
             for k in ('outputs','execution_count','has_sd'): cell.pop(k, None)
         else: cell.source = re.sub(r'^#\|.*\n?', '', cell.source, flags=re.M)
-    if cell.cell_type=='markdown': cell.source = nested.sub(outer, doc_link.sub(r'(#\1)', cell.source))
+    if cell.cell_type=='markdown': cell.source = referred(cell.source)
+    for o in cell.get('outputs', []):
+        if 'text/markdown' in o.get('data',{}): o.data['text/markdown'] = referred(''.join(o.data['text/markdown']))
     cell.metadata.pop('execution', None)
 
 class Myst(FilterDefaults):
-    def procs(self): return [o for o in self.base_procs() if o.__name__ not in ('FrontmatterProc','insert_warning','add_fold')] + [to_myst]
+    def procs(self):
+        ours = dict(FrontmatterProc=None, insert_warning=None, add_fold=None, mv_exports=None, add_show_docs=add_symbols, exec_show_docs=run_symbols, rm_export=fold_exports)
+        return [p for o in self.base_procs() if (p := ours.get(o.__name__, o))] + [to_myst]
 
 def read(app, docname, src):
     if (p := app.env.doc2path(docname)).suffix != '.ipynb': return
     nb = read_nb(p)
+    begin_page(docname, nb)
     Myst()(nb)
     if docname == app.config.root_doc: nb.cells.append(mk_cell(toctree, 'markdown'))
     src[0] = nb2str(nb)
@@ -70,5 +72,7 @@ def add_math(self, node, block=False):
 def add_math_block(self, node): add_math(self, node, True)
 
 def setup(app):
+    showdoc.BasicMarkdownRenderer = Symbol
     app.connect('source-read', read)
+    app.connect('html-collect-pages', source_pages)
     app.add_html_math_renderer('mathml', (add_math,None), (add_math_block,None))

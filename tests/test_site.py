@@ -1,15 +1,25 @@
 "The docs site: what its pages point to is there, nothing comes from elsewhere, and it is legible on a phone and in the dark"
-import ast,builtins,functools,importlib,json,re,shutil,subprocess,symtable,sys,threading
+import ast,builtins,functools,importlib,inspect,json,re,shutil,subprocess,symtable,sys,threading
 import pytest
 from html import unescape
 from html.parser import HTMLParser
 from http.server import SimpleHTTPRequestHandler,ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import unquote,urldefrag,urljoin,urlsplit
+from urllib.parse import quote,unquote,urldefrag,urljoin,urlsplit
 from IPython.core.inputtransformer2 import TransformerManager
 from nbdev.config import get_config
 from nbdev.doclinks import nbglob
 from nbdev.test import nb_test_cells
+from nbdev.process import NBProcessor
+from fastcore.nbio import dict2nb,mk_cell
+from fastcore.script import anno_parser
+from fastattn.bench import bench
+from fastattn.learner import ssa_learner
+from fastattn.recipes.data import digits_dls
+from fastattn.recipes.leaderboard import leaderboard
+from fastattn.recipes.run import Run
+from fastattn.recipes.train import make_parser as train_parser
+from symbols import Symbol,Signature,add_symbols,fold_exports,run_symbols,starts
 
 cfg = get_config(__file__)
 root = cfg.config_path
@@ -18,10 +28,10 @@ in_browser = pytest.mark.skipif(not browser, reason='no chromium here')
 loads = {'img':'src', 'script':'src', 'iframe':'src', 'source':'src', 'video':'src', 'audio':'src', 'link':'href'}
 
 class Page(HTMLParser):
-    "`links`, `loaded` (what the page needs to be shown), `ids`, and the `text` outside of code"
+    "`links`, `loaded` (what the page needs to be shown), `ids`, the `text` outside of code, and the names whose source is `folded`"
     def __init__(self, path):
         super().__init__()
-        self.links,self.loaded,self.ids,self.text,self.code = [],[],set(),[],0
+        self.links,self.loaded,self.ids,self.text,self.folded,self.code = [],[],set(),[],[],0
         self.feed(path.read_text(encoding='utf-8'))
 
     def handle_starttag(self, tag, attrs):
@@ -36,6 +46,7 @@ class Page(HTMLParser):
 
     def handle_data(self, data):
         if not self.code: self.text.append(data)
+        if data.startswith('Source: '): self.folded.append(data.removeprefix('Source: '))
 
 @pytest.fixture(scope='session')
 def site(tmp_path_factory):
@@ -140,6 +151,18 @@ def test_search(shown):
     found = re.search('<ul[^>]* class="search">(.*?)</ul>', dom, re.S)[1]
     assert 'href="layers/00_simple.html"' in found and not console
 
+questions = {'own images': 'howto', 'train on my own images': 'howto', 'pretrained': 'howto', 'which stage': 'howto', 'resume': 'howto', 'several GPUs': 'howto', 'what the model looks at': 'howto', 'export': 'howto',
+    'share a model': 'howto', 'leaderboard': 'howto', 'how sure': 'howto', 'uncertainty': 'howto', 'my own layer': 'howto', 'own Learner': 'howto', 'did it help': 'recipes/05_train', 'no-resume': 'commands', 'dry-run': 'commands', 'peak_mem_mb': 'commands'}
+
+@in_browser
+def test_search_in_the_words_of_users(shown):
+    missed = {}
+    for question,page in questions.items():
+        dom,_ = shown('search.html?q='+quote(question))
+        found = re.findall('href="([^"#?]*)[^"]*"', re.search('<ul[^>]* class="search">(.*?)</ul>', dom, re.S)[1])
+        if f'{page}.html' not in list(dict.fromkeys(found))[:5]: missed[question] = found[:5]
+    assert not missed
+
 @in_browser
 def test_console(measured, pages):
     "On no page does a script fail, or a picture"
@@ -200,3 +223,140 @@ def test_visible_cells_run_alone(page, monkeypatch):
     path,names = (cfg.nbs_path/page).with_suffix('.ipynb'),{'__name__': '__main__'}
     monkeypatch.chdir(path.parent)
     for source in visible(path): exec(compile(source, page, 'exec'), names)
+
+# What is shown of a symbol
+
+def shown(obj, **kwargs): return Symbol(obj, **kwargs)._repr_markdown_()
+
+def resize(
+    *grid:int, # Sizes
+    stages=1, # A stage, or several
+    p:float|None=None, # A share
+    act=None, # An activation
+    **kwargs # Of the model
+)->list: # What comes out
+    "Sizes of `*grid`, of *grid, for 3$"
+
+def test_signature():
+    "No type is guessed from a default, and each comment stands where it was written"
+    assert str(Signature(resize))=='''def resize(
+    *grid:int, # Sizes
+    stages=1, # A stage, or several
+    p:float | None=None, # A share
+    act=None, # An activation
+    **kwargs, # Of the model
+)->list: # What comes out'''
+
+def test_docstring_is_no_italics(): assert shown(resize).splitlines()[-1]=='Sizes of `*grid`, of \\*grid, for 3\\$'
+
+class Base:
+    def __init__(self,
+        n:int, # Channels
+        **kwargs # Further
+    ): "Of the base"
+    def forward(self, x): "Of the base"
+
+class Layer(Base):
+    "A layer"
+    def forward(self,
+        x:list # (B, C, N)
+    )->list: # (B, C)
+        return x
+    @property
+    def size(self): "How many"
+    @classmethod
+    def empty(cls, n=1): "Of nothing"
+    def quiet(self): pass
+    def _own(self): "Nobody's business"
+
+class Fault(ValueError): "A fault"
+
+def test_class():
+    "Says `class`, and shows the public methods that have a docstring, and `forward`"
+    text = shown(Layer)
+    assert 'class Layer(\n    n:int, # Channels\n    **kwargs, # Further\n)\n' in text and 'NoneType' not in text and 'Of the base' not in text
+    assert re.findall('^#+ (.*)', text, re.M)==['Layer','Layer.forward','Layer.size','Layer.empty']
+    assert '(layer.forward)=\n#### Layer.forward' in text and 'def forward(\n    x:list, # (B, C, N)\n)->list: # (B, C)' in text
+    assert '#### Layer.size\n\nHow many' in text and 'def empty(\n    n=1\n):' in text
+    assert '```python\nclass Fault(ValueError)\n```\n\nA fault' in shown(Fault)
+
+def commented(obj):
+    "Of the parameters and the return of `obj` in the source, the first word and the comment of each line"
+    lines = inspect.getsource(obj).splitlines()
+    start = next((i for i,o in enumerate(lines) if re.match(r'\s+def __init__\(self,$', o)), None) if inspect.isclass(obj) else 0
+    end = None if start is None else next((i for i,o in enumerate(lines) if i>=start and re.match(r'\s*\)', o)), None)
+    if end is None: return []
+    return [(m[1],m[2].strip()) for o in lines[start+1:end+1] if (m := re.match(r'\s*([*\w]+|\)->).*?  ?# (.*)', o))]
+
+def test_all_signatures():
+    "Of everything that is exported: comments stand beside their parameters, classes are classes, and nothing is of type None"
+    checked = 0
+    for path in (cfg.config_path/cfg.lib_path).rglob('*.py'):
+        if path.name in ('__init__.py','all.py','_modidx.py'): continue
+        module = importlib.import_module('.'.join(path.relative_to(cfg.config_path).with_suffix('').parts))
+        for obj in [vars(module)[o] for o in module.__all__]:
+            if not (inspect.isfunction(obj) or inspect.isclass(obj)) or obj.__module__!=module.__name__: continue
+            text = str(Signature(obj))
+            lines = [(m[1],m[2]) for o in text.splitlines() if (m := re.match(r'\s*([*\w]+|\)->).*?# (.*)', o))]
+            for word,comment in commented(obj): assert (word,comment) in lines, (obj,word,comment,text)
+            checked += len(commented(obj))
+            assert 'NoneType' not in text and text.startswith('class' if inspect.isclass(obj) else 'def'), text
+    assert checked>400
+
+def test_source_is_folded():
+    "Symbols of a cell in their order, then its source; private definitions too; imports and hidden cells go"
+    nb = dict2nb(dict(cells=[mk_cell(o) for o in ['#| export\nimport re', '#| export\ndef b(): pass\ndef a(): pass', '#| export\ndef _c(): pass', '#| hide\nd = 1', 'e = 1']], metadata={}, nbformat=4, nbformat_minor=5))
+    proc = NBProcessor(nb=nb, procs=[add_symbols,fold_exports])
+    proc.process()
+    cells = [(o.source,o.metadata.get('mystnb', {}).get('code_prompt_show')) for o in proc.nb.cells]
+    assert cells==[('show_doc(b)',None), ('show_doc(a)',None), ('def b(): pass\ndef a(): pass','Source: b, a'), ('(_c)=',None), ('def _c(): pass','Source: _c'), ('e = 1',None)]
+
+def test_imports_are_run_alone():
+    "A cell of imports and other code does not stop the build"
+    nb = dict2nb(dict(cells=[mk_cell(o) for o in ['#| export\ndef a(x=1): pass', 'import math\nwhat_is_not_defined', 'show_doc(a)', 'show_doc(math.ceil)']], metadata={}, nbformat=4, nbformat_minor=5))
+    proc = NBProcessor(nb=nb, procs=[add_symbols,run_symbols])
+    proc.process()
+    assert not proc.nb.cells[1].outputs and all('text/markdown' in o.outputs[0].data for o in proc.nb.cells[2:] if 'show_doc' in o.source)
+
+def test_where_symbols_start(): assert starts('import re\n@f\nclass A:\n    def b(self): pass\n@patch\ndef c(self:A): pass\nD = 1')=={'A': 3, 'A.b': 4, 'A.c': 6, 'D': 7}
+
+def test_sources(pages):
+    "Beside each symbol is a link to its line, and its source stands folded on its page"
+    for path in nbglob(cfg.nbs_path, as_path=True):
+        page = pages[path.relative_to(cfg.nbs_path).with_suffix('.html').as_posix()]
+        cells = [o for o in NBProcessor(path, rm_directives=False).nb.cells if 'export' in getattr(o, 'directives_', {})]
+        names = {o.name for cell in cells for o in cell.parsed_() if isinstance(o, (ast.FunctionDef,ast.ClassDef)) and not o.decorator_list}
+        folded = {o for text in page.folded for o in text.split(', ')}
+        assert names<=folded and (not names or any('source/fastattn/' in o for o in page.links)), (path,names-folded)
+
+# Commands and files
+
+def said_of_commands():
+    "The text of that page, with its tables of options as it computes them"
+    names,text = {},[]
+    for cell in NBProcessor(cfg.nbs_path/'commands.ipynb').nb.cells:
+        if cell.cell_type!='code': text.append(cell.source)
+        elif 'echo' in cell.directives_: text.append(eval(cell.source, names).data)
+        else: exec(cell.source, names)
+    return '\n'.join(text)
+
+def test_every_option_is_explained():
+    text,parsers = said_of_commands(),[train_parser(['--arch',o,'--help-all']) for o in ('xresnet18','resnet50','projection','dropconnect','positional','nonlinear')]
+    parsers += [anno_parser(leaderboard.__wrapped__, pos=['out']),anno_parser(bench.__wrapped__, pos=['what'])]
+    options = {o for p in parsers for o in re.findall(r'(?<![\w-])--[a-z][\w-]*', p.format_help())}
+    assert {'--no-resume','--stages','--until','--published','--quick'}<=options
+    assert not [o for o in sorted(options) if not re.search(f'{o}(?![\\w-])', text)]
+    assert ':bool' not in text and 'default: True' not in text
+    assert not [o for o in text.splitlines() if re.match(r'\| `-.*\| *\|$', o)] # each says something
+
+def test_every_field_of_a_run_is_explained(tmp_path):
+    text = said_of_commands()
+    told = set(re.findall(r'^\| `(\w+)`', text, re.M))
+    def build(): return ssa_learner(digits_dls(8), widen=0.1)
+    done = Run(tmp_path/'a.json', 'a', 0, {}, build, lambda learn: learn.fit(1)).train()
+    failed = Run(tmp_path/'b.json', 'b', 0, {}, build, lambda learn: 1/0).train()
+    committed = [json.loads(p.read_text()) for p in sorted((cfg.nbs_path/'runs').rglob('seed0.json'))]
+    fields = {k for o in (done,failed,*committed) for k in o}
+    rows = {k for o in (done,*committed) for row in o['epochs'] for k in row}
+    assert {'gains','spans'}<=rows and not (fields|rows)-told
+    assert told-fields-rows=={'p','protocol'} # of a schedule that no file has; another file
