@@ -120,9 +120,10 @@ def is_folded(cell):
     "Is it exported, and more than imports?"
     return cell.cell_type=='code' and bool(cell.directives_.keys()&{'export','exporti'}) and not all(isinstance(o, (ast.Import,ast.ImportFrom)) for o in cell.parsed_())
 
-def private_targets(cell):
+def undocumented_targets(cell):
+    "Where links to what has no docs of its own lead: to the folded source"
     names = [name for o in cell.parsed_() if isinstance(o, defs) for name in defined(o)]
-    return '\n'.join(o for name in names if name[0]=='_' for o in target(name))
+    return '\n'.join(o for name in names if name[0]=='_' or 'exporti' in cell.directives_ for o in target(name))
 
 class fold_exports(Processor):
     "Exported definitions are folded, behind the docs of their symbols; what else is exported, or hidden, goes"
@@ -131,7 +132,7 @@ class fold_exports(Processor):
     def begin(self):
         cells = []
         for o in self.nb.cells:
-            if is_folded(o) and (there := private_targets(o)): cells.append(mk_cell(there, 'markdown'))
+            if is_folded(o) and (there := undocumented_targets(o)): cells.append(mk_cell(there, 'markdown'))
             if getattr(o, 'has_sd', False) and cells and is_folded(cells[-1]): cells.insert(-1, o)
             else: cells.append(o)
         self.nb.cells = cells

@@ -108,8 +108,9 @@ def in_fork(*args, limit=None):
     p = forks.Process(target=run_pytest, args=args)
     p.start()
     p.join(limit)
-    if p.exitcode is None: p.kill()
-    return p.exitcode
+    if p.exitcode is not None: return p.exitcode
+    p.kill()
+    p.join()
 
 def copied(folder, tests):
     for o in ('fastattn','docs'): shutil.copytree(root/o, folder/o)
@@ -138,10 +139,11 @@ def tests_of(known, mutant, budget):
     return chosen
 
 def run_mutants(args, folder):
-    known,done = json.loads(args.map.read_text()),json.loads(args.out.read_text()) if args.out.exists() else []
+    known = {} if args.files else json.loads(args.map.read_text())
+    done = json.loads(args.out.read_text()) if args.out.exists() else []
     for mutant,source in mutants(root/'fastattn', args.n, args.seed, args.module):
         if any(all(o[k]==v for k,v in mutant.items()) for o in done): continue
-        names = tests_of(known, mutant, args.budget)
+        names = args.files or tests_of(known, mutant, args.budget)
         file = folder/'fastattn'/mutant['file']
         file.write_text(source)
         (folder/'log').write_text('')
@@ -150,13 +152,13 @@ def run_mutants(args, folder):
         last = [o for o in (folder/'log').read_text().splitlines() if o.startswith(('FAILED','ERROR'))]
         done.append(mutant | dict(tests=len(names), killed=code!=0, by=last[-1].split(' - ')[0] if last else {None: 'time', 0: ''}.get(code, f'exit code {code}')))
         args.out.write_text(json.dumps(done, indent=1))
-        print('killed  ' if code else 'SURVIVED', f"{mutant['file']}:{mutant['line']} {mutant['function']}: {mutant['old'][:60]} -> {mutant['new'][:60]}", done[-1]['by'], flush=True)
+        print('killed  ' if done[-1]['killed'] else 'SURVIVED', f"{mutant['file']}:{mutant['line']} {mutant['function']}: {mutant['old'][:60]} -> {mutant['new'][:60]}", done[-1]['by'], flush=True)
     print(f"{sum(o['killed'] for o in done)} of {len(done)} killed")
 
 if __name__=='__main__':
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('what', choices=['map','run'])
-    parser.add_argument('files', nargs='*', help='map: test files (default: all that run in the process)')
+    parser.add_argument('files', nargs='*', help='map: test files (default: all that run in the process). run: tests to run for each mutant (default: those that call it)')
     parser.add_argument('-n', type=int, default=40, help='mutants')
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--module', default='', help='only files that begin so, such as recipes/')
@@ -165,7 +167,7 @@ if __name__=='__main__':
     parser.add_argument('--out', type=Path, default=Path('mutants.json'))
     parser.add_argument('--budget', type=float, default=60., help='seconds of tests for a mutant')
     parser.add_argument('--limit', type=float, default=900., help='seconds after which a mutant counts as killed')
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     args.map,args.out = args.map.absolute(),args.out.absolute()
     with tempfile.TemporaryDirectory() as folder:
         folder = copied(Path(folder).resolve(), args.tests)

@@ -1,17 +1,23 @@
 "Learners: what they take from the data, weight decay, precision, export, and DistributedDataParallel"
-import copy,math,socket
+import copy,inspect,math,socket
 import pytest,torch
 from commands import forks
-from fastai.basics import DataLoaders,MSELossFlat,SGD,error_rate,load_learner,partial,set_seed
+from fastai.basics import DataLoaders,Learner,MSELossFlat,SGD,error_rate,load_learner,partial,set_seed
 from fastai.callback.all import ChannelsLast,MCDropoutCallback
 from torch.optim.swa_utils import AveragedModel
 from fastai.losses import CrossEntropyLossFlat
+from fastai.vision.models.xresnet import XResNet
+from fastcore.docments import docments
 from fastai.callback.schedule import SchedCos,SchedLin
 from fastattn.callback import Autocast,DropConnectSchedule,NoWeightDecay
 from fastattn.layers.dropconnect import DropConnect,dropconnect_layers
 from fastattn.layers.simple import SimpleSelfAttention
-from fastattn.learner import dropconnect_learner,positional_learner,projection_learner,ssa_learner
-from fastattn.recipes.data import get_dls
+from fastattn.layers.positional import PositionalSelfAttention
+from fastattn.learner import _learner_words,dropconnect_learner,nonlinear_learner,positional_learner,projection_learner,ssa_learner
+from fastattn.models.nonlinear import NonLinearTransformer
+from fastattn.models.positional import PositionalTransformer
+from fastattn.models.projection import ProjectionClassifier
+from fastattn.recipes.data import get_dls,get_tokens
 
 @pytest.fixture(scope='module')
 def dls(): return get_dls('digits', size=16, bs=32)
@@ -239,6 +245,46 @@ def test_schedule_of_all_kinds(few):
 def test_bad_values(few, f, message):
     with pytest.raises(ValueError, match=message): f(few)
 
-def test_bad_words(few):
-    with pytest.raises(TypeError, match='sise'): projection_learner(few, sise=3)
+learners = dict(ssa=ssa_learner, projection=projection_learner, dropconnect=dropconnect_learner, positional=positional_learner, nonlinear=nonlinear_learner)
+of_model = dict(ssa=['widen','act_cls','ks'], projection=['size_projection'], dropconnect=['hidden','drop'], positional=['dim','depth','heads','encoding','span','causal'],
+    nonlinear=['dim','depth','heads','window_size','iterations'])
+
+@pytest.mark.parametrize('name', learners)
+def test_tab_completes(name):
+    "The options of the model and of `Learner` are in the signature, with their comments, each once"
+    params,docs = inspect.signature(learners[name]).parameters,docments(learners[name])
+    words = [o for o in _learner_words if o in params]
+    assert words==_learner_words and set(of_model[name])<=set(params) and list(params)[0]=='dls'
+    assert all(docs[o] for o in words) and (name=='ssa' or all(docs[o] for o in of_model[name]))
+
+@pytest.mark.parametrize('name', learners)
+@pytest.mark.parametrize('typed,meant', [('metrcs','metrics'), ('losfunc','loss_func')])
+def test_unknown_options(name, typed, meant):
+    "One kind of error for all, before the data is looked at"
+    with pytest.raises(ValueError, match=f"unknown option of {name}_learner '{typed}'. Did you mean '{meant}'.*Known: "): learners[name](None, **{typed: 1})
+
+@pytest.mark.parametrize('name', learners)
+def test_unknown_options_of_models(name):
+    word = of_model[name][0]
+    with pytest.raises(ValueError, match=f"unknown option of {name}_learner '{word}x'. Did you mean '{word}'"): learners[name](None, **{word+'x': 1})
+
+def test_what_lends_comments_stays_as_it_was():
+    for o in (XResNet,ProjectionClassifier,PositionalTransformer,PositionalSelfAttention,NonLinearTransformer,Learner):
+        assert 'loss_func' not in inspect.signature(o).parameters or o is Learner
+        assert not hasattr(o.__init__, '__delwrap__') or o in (XResNet,)
+
+def test_second_names(few):
+    "`vision_learner`'s for channels, and the model's for its width"
+    assert small(few, n_in=3).model[0][0].in_channels==3
+    tokens = get_tokens('digits')
+    for word in ('dim','embed_size'): assert nonlinear_learner(tokens, heads=2, **{word: 16}).model.embed.embedding_dim==16
+
+def test_given_wins(few):
+    "Over the metric and the loss that go with the data, and over the splitter"
+    learn = nonlinear_learner(get_tokens('digits'), dim=8, heads=2, loss_func=MSELossFlat(), metrics=error_rate, p=0.)
+    assert isinstance(learn.loss_func, type(MSELossFlat())) and learn.metrics.attrgot('name')==['error_rate'] and learn.model.drop.p==0
+    assert small(few, metrics=None).metrics.attrgot('name')==['accuracy']
+    assert len(small(few, splitter=lambda m: [list(m.parameters())]).splitter(small(few).model))==1
+
+def test_not_matrices():
     with pytest.raises(ValueError, match=r'takes matrices .* shape \(6,\)'): projection_learner(matrices(8, 6))

@@ -388,7 +388,9 @@ def test_penalty():
     assert a[0]<b[0]-0.01 and (a[1]-b[1]).abs()<0.01
     a,b = (sigmas({'blocks.0.attn': o}, heads=2)[0] for o in ([0.,20.],0.))
     assert a[1]<b[1]-0.01 and (a[0]-b[0]).abs()<0.01
-    price = SpanPenalty(1.)._price('', GaussianSpan(2, 0.05))
+    penalty,span = SpanPenalty(1.),GaussianSpan(2, 0.05)
+    penalty.weights = {'': penalty._weight('', span)} # as before a fit
+    price = penalty._price('', span)
     assert abs(price-0.28**2)<0.02 # about the share of the pairs, (2r-r^2)^2 of r=3.03*0.05
     for span,weight,message in ((GaussianSpan(2, threshold=0), 1., 'threshold above 0'), (GaussianSpan(2), {'blocks.7.attn': 1.}, 'unknown layer')):
         learn = positional_learner(data(24, 1, 4, 4), dim=8, depth=1, heads=2, span=span, loss_func=CrossEntropyLossFlat(), cbs=SpanPenalty(weight))

@@ -79,7 +79,7 @@ def test_checkpoint_of_another(tmp_path, monkeypatch):
     monkeypatch.setattr(RunFile, 'before_batch', stop, raising=False)
     with pytest.raises(KeyboardInterrupt): train_run(config, 0, f)
     monkeypatch.undo()
-    monkeypatch.setattr('fastattn.recipes.run.__version__', '9.9')
+    monkeypatch.setattr('fastattn.__version__', '9.9')
     with pytest.raises(CheckpointError, match="written by another run.*9.9"): train_run(config, 0, f)
     assert (tmp_path/'seed0.ckpt'/'state.pt').exists()
     monkeypatch.undo()

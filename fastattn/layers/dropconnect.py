@@ -109,7 +109,8 @@ def _masked(n, weight, p): return (torch.rand(n, *weight.shape, device=weight.de
 def _held_product(x, weight, p):
     "`x` (R, I), `weight` (O, I) -> (R, O): the formula as it stands, with a mask that is held"
     masked,x = _masked(len(x), weight, p),x/(1-p) # (R, O, I) and (R, I)
-    return (masked*x[:,None]).sum(-1) if x.shape[1]>3 else (masked@x[...,None])[...,0] # whichever is faster
+    long = x.shape[1]>3 or len(x)<=1024 # for which sums are faster
+    return (masked*x[:,None]).sum(-1) if long else (masked@x[...,None])[...,0]
 
 def _check_shapes(x, weight, bias):
     if not x.is_floating_point(): raise TypeError(f"DropConnect takes floating point input, got {x.dtype}")
@@ -135,7 +136,7 @@ def dropconnect(
     if _ones(p)==2**_digits: return F.linear(x, weight, bias)
     dtype = autocast_dtype(x.device.type)
     if dtype and x.dtype!=torch.float64: x,weight = x.to(dtype),weight.to(dtype)
-    rows = x.reshape(-1, x.shape[-1]) # (R, I)
+    rows = x if x.dim()==2 else x.reshape(-1, x.shape[-1]) # (R, I); a view of one row would cost a fifth of it
     if not torch.compiler.is_compiling() and rows.shape[0]*weight.numel()<=_few: y = _held_product(rows, weight, p)
     else:
         seed = torch.randint(2**63-1, (), device='cpu')

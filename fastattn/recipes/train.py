@@ -146,7 +146,7 @@ def _of_files(arch, words):
     if len(archs)!=1 or not is_file_name(archs[0]): return None
     known = learner_of(archs[0])
     if 'attn' in known.options: return None if 'attn' in words else variants(arch=archs, attn=['none', known.defaults['attn']], **words)
-    shared = {k: v for k,v in words.items() if k in ('data','size','epochs','bs')}
+    shared = {k: v for k,v in words.items() if k in ('data','size','epochs','bs','few','aug','presize')}
     return variants(arch='xresnet18', attn='none', **shared)+variants(arch=archs, **words)
 
 def _plans(configs, out, seeds, until, hours, workers):
