@@ -62,7 +62,7 @@ def leaderboard(
     plots:str=None, # Folder for plots (PNG): pairs, boxes and curves
     equal_time:bool=False, # Compare runs of different numbers of epochs, for instance if a slower variant trained for fewer
     published:bool=False, # Show published results for the same data, size and epochs
-    show:bool=True # Print the answers
+    show:bool=True # Print the answers, besides returning them
 )->dict: # `Answer` by group
     """What the runs below a folder say, group by group.
     Raises `FileNotFoundError` without runs, `ValueError` for an unknown baseline or style"""
