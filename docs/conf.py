@@ -24,6 +24,7 @@ suppress_warnings = ['myst.header']
 html_theme = 'furo'
 html_static_path = ['static']
 html_css_files = ['site.css']
+html_search_scorer = os.path.join(os.path.dirname(__file__), 'scorer.js')
 html_math_renderer = 'mathml'
 html_show_copyright = html_show_sphinx = html_copy_source = False
 groups = {'Use': 'howto\ncommands', 'Tutorials': 'tutorials/*', 'Layers': 'layers/*', 'Models': 'models/*', 'Learners': '02_learner\n01_callback\n04_interpret',
@@ -33,7 +34,7 @@ bigdelimiters.update(big=1, Big=2, bigg=3, Bigg=4) # docutils knows \bigl, and n
 doc_link = re.compile(r'\(' + re.escape(cfg.doc_host + cfg.doc_baseurl.rstrip('/')) + r'/[^)\s]*\.html#([^)\s]+)\)')
 
 symbol = r'\[(`[^`]+`)\]\([^)]*\)'
-nested = re.compile(rf'\[({symbol}(?:, {symbol})*)\]\(') # symbols linked inside the text of a link: the outer link holds
+nested = re.compile(rf'\[([^\[\]]*(?:{symbol}[^\[\]]*)+)\]\(') # symbols linked inside the text of a link: the outer link holds
 def outer(m): return '['+re.sub(symbol, r'\1', m[1])+']('
 
 def referred(text): return nested.sub(outer, doc_link.sub(r'(#\1)', text))

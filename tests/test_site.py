@@ -152,7 +152,7 @@ def test_search(shown):
     assert 'href="layers/00_simple.html"' in found and not console
 
 questions = {'own images': 'howto', 'train on my own images': 'howto', 'pretrained': 'howto', 'which stage': 'howto', 'resume': 'howto', 'several GPUs': 'howto', 'what the model looks at': 'howto', 'export': 'howto',
-    'share a model': 'howto', 'leaderboard': 'howto', 'how sure': 'howto', 'uncertainty': 'howto', 'my own layer': 'howto', 'own Learner': 'howto', 'did it help': 'recipes/05_train', 'no-resume': 'commands', 'dry-run': 'commands', 'peak_mem_mb': 'commands'}
+    'share a model': 'howto', 'leaderboard': 'howto', 'how sure': 'howto', 'uncertainty': 'howto', 'my own layer': 'howto', 'own Learner': 'howto', 'find out whether it helped': 'howto', 'no-resume': 'commands', 'dry-run': 'commands', 'peak_mem_mb': 'commands'}
 
 @in_browser
 def test_search_in_the_words_of_users(shown):
@@ -160,7 +160,7 @@ def test_search_in_the_words_of_users(shown):
     for question,page in questions.items():
         dom,_ = shown('search.html?q='+quote(question))
         found = re.findall('href="([^"#?]*)[^"]*"', re.search('<ul[^>]* class="search">(.*?)</ul>', dom, re.S)[1])
-        if f'{page}.html' not in list(dict.fromkeys(found))[:5]: missed[question] = found[:5]
+        if f'{page}.html' not in list(dict.fromkeys(found))[:3]: missed[question] = found[:5]
     assert not missed
 
 @in_browser
@@ -226,7 +226,7 @@ def test_visible_cells_run_alone(page, monkeypatch):
 
 # What is shown of a symbol
 
-def shown(obj, **kwargs): return Symbol(obj, **kwargs)._repr_markdown_()
+def rendered(obj, **kwargs): return Symbol(obj, **kwargs)._repr_markdown_()
 
 def resize(
     *grid:int, # Sizes
@@ -247,7 +247,7 @@ def test_signature():
     **kwargs, # Of the model
 )->list: # What comes out'''
 
-def test_docstring_is_no_italics(): assert shown(resize).splitlines()[-1]=='Sizes of `*grid`, of \\*grid, for 3\\$'
+def test_docstring_is_no_italics(): assert rendered(resize).splitlines()[-1]=='Sizes of `*grid`, of \\*grid, for 3\\$'
 
 class Base:
     def __init__(self,
@@ -273,12 +273,12 @@ class Fault(ValueError): "A fault"
 
 def test_class():
     "Says `class`, and shows the public methods that have a docstring, and `forward`"
-    text = shown(Layer)
+    text = rendered(Layer)
     assert 'class Layer(\n    n:int, # Channels\n    **kwargs, # Further\n)\n' in text and 'NoneType' not in text and 'Of the base' not in text
     assert re.findall('^#+ (.*)', text, re.M)==['Layer','Layer.forward','Layer.size','Layer.empty']
     assert '(layer.forward)=\n#### Layer.forward' in text and 'def forward(\n    x:list, # (B, C, N)\n)->list: # (B, C)' in text
     assert '#### Layer.size\n\nHow many' in text and 'def empty(\n    n=1\n):' in text
-    assert '```python\nclass Fault(ValueError)\n```\n\nA fault' in shown(Fault)
+    assert '```python\nclass Fault(ValueError)\n```\n\nA fault' in rendered(Fault)
 
 def commented(obj):
     "Of the parameters and the return of `obj` in the source, the first word and the comment of each line"
@@ -352,7 +352,7 @@ def test_every_option_is_explained():
 
 def test_every_field_of_a_run_is_explained(tmp_path):
     text = said_of_commands()
-    told = set(re.findall(r'^\| `(\w+)`', text, re.M))
+    told = set(re.findall(r'^\| `([a-z]\w*)`', text, re.M))
     def build(): return ssa_learner(digits_dls(8), widen=0.1)
     done = Run(tmp_path/'a.json', 'a', 0, {}, build, lambda learn: learn.fit(1)).train()
     failed = Run(tmp_path/'b.json', 'b', 0, {}, build, lambda learn: 1/0).train()

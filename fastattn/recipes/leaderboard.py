@@ -10,6 +10,7 @@ import csv,io
 import pandas as pd
 from importlib.resources import files
 from pathlib import Path
+from typing import Annotated
 from fastcore.script import CliError,call_parse,is_cli
 from ..core import check_name,md_cells
 from .answer import Answer,group_runs,read_runs
@@ -62,7 +63,7 @@ def leaderboard(
     plots:str=None, # Folder for plots (PNG): pairs, boxes and curves
     equal_time:bool=False, # Compare runs of different numbers of epochs, for instance if a slower variant trained for fewer
     published:bool=False, # Show published results for the same data, size and epochs
-    show:bool=True # Print the answers, besides returning them
+    show:Annotated[bool, {'help': "Don't print the answers, for instance with --plots"}]=True # Print the answers, besides returning them
 )->dict: # `Answer` by group
     """What the runs below a folder say, group by group.
     Raises `FileNotFoundError` without runs, `ValueError` for an unknown baseline or style"""
