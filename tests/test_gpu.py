@@ -31,7 +31,7 @@ def test_goes_on(tmp_path, monkeypatch, capsys):
     def states(**kwargs): return {k: o['state'] for k,o in mod.run(out=str(tmp_path), **kwargs).items()}
     assert states(minutes=0.05)==dict(good='done', bad='failed', long='begun')
     read = mod.read_states(tmp_path)
-    assert read['good']['said']=='all is well' and read['bad']['said']=='ValueError: for a reason' and 2<read['long']['seconds']<20
+    assert read['good']['said']=='all is well' and read['bad']['said']=='ValueError: for a reason' and read['long']['seconds']>2
     assert '2 of 4 steps are left: long, last' in capsys.readouterr().out
     assert states()==dict(good='done', bad='failed', long='done', last='done') and (tmp_path/'n').read_text()=='xx'
     assert '0 of 4 steps are left' in capsys.readouterr().out

@@ -122,7 +122,8 @@ def is_empty(group):
 def test_parallel_ends(tmp_path, signal_, code):
     "Ctrl-C ends all processes, and so does the end of the first"
     words = f'digits --arch dropconnect --drop none --hidden 4 --size 4 --epochs 100000 --runs 2 --parallel 2 --out {tmp_path}'
-    p = subprocess.Popen([sys.executable, '-c', command('train'), *words.split()], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    p = subprocess.Popen([sys.executable, '-c', command('train'), *words.split()], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler)) # also where the tests themselves run in the background and ignore it
     def begun(): return [f for f in tmp_path.rglob('seed*.json') if json.loads(f.read_text())['state']=='running']
     try:
         assert len(wait_for(lambda: len(o := begun())==2 and o))==2
