@@ -61,7 +61,7 @@ class Myst(FilterDefaults):
 def read(app, docname, src):
     if (p := app.env.doc2path(docname)).suffix != '.ipynb': return
     nb = read_nb(p)
-    begin_page(docname, nb)
+    begin_page(docname, nb, app.env.get_domain('std').anonlabels)
     Myst()(nb)
     if docname == app.config.root_doc: nb.cells.append(mk_cell(toctree, 'markdown'))
     src[0] = nb2str(nb)

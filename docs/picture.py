@@ -8,7 +8,7 @@ from PIL import Image
 from safetensors.torch import load_file,save_file
 from sklearn.datasets import load_sample_image
 from torch import nn
-from fastai.vision.all import imagenet_stats,set_seed
+from fastai.vision.all import image2tensor,imagenet_stats,set_seed
 from fastcore.script import call_parse
 from nbdev.config import get_config
 from fastattn.layers.simple import SimpleSelfAttention
@@ -42,7 +42,7 @@ def look(photo):
     body = nn.Sequential(*list(attn_xresnet('xresnet18', **options))[:stage+1]).eval()
     body.load_state_dict(load_file(weights))
     mean,std = (torch.tensor(o)[:,None,None] for o in imagenet_stats)
-    x = (torch.tensor(list(photo.resize((size,size), Image.LANCZOS).tobytes())).view(size, size, 3).permute(2, 0, 1)/255-mean)/std
+    x = (image2tensor(photo.resize((size,size), Image.LANCZOS))/255-mean)/std
     layer,seen = body[stage][-1].fastattn[0],[]
     layer.register_forward_pre_hook(lambda m,args: seen.append(args[0]))
     with torch.no_grad(): body(x[None])

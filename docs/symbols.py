@@ -49,11 +49,10 @@ def methods(cls):
     found = {k: getattr(o, '__func__', o) for k,o in vars(cls).items() if k[0]!='_'}
     return [k for k,o in found.items() if inspect.isroutine(o) and (o.__doc__ or k=='forward') or isinstance(o, property) and o.__doc__]
 
-_targets = {}
+_taken = {} # label -> the name that has it on this page, None where another page has it
 def target(name):
     "Where links to `name` lead. Names may differ by capitals only, as `dropconnect` does, or private ones by their page: the first has the target"
-    here = Symbol.source,name
-    return [f'({name.lower()})='] if _targets.setdefault(name.lower(), here)==here else []
+    return [f'({name.lower()})='] if _taken.setdefault(name.lower(), name)==name else []
 
 class Symbol(BasicMarkdownRenderer):
     "`show_doc` as MyST"
@@ -91,7 +90,10 @@ def starts(source):
         if isinstance(o, ast.ClassDef): lines.update({f'{o.name}.{m.name}': m.lineno for m in o.body if isinstance(m, defs)})
     return lines
 
-def begin_page(docname, nb):
+def begin_page(docname, nb, labels):
+    "`labels` are those of the pages that are read already, with their pages: of the last build, too, if they have not changed"
+    _taken.clear()
+    _taken.update({label: None for label,(page,*_) in labels.items() if page!=docname})
     module = re.search(r'^#\| default_exp (\S+)', '\n'.join(o.source for o in nb.cells), re.M)
     path = module and f"{cfg.lib_name}/{module[1].replace('.', '/')}"
     Symbol.source = '../'*docname.count('/')+f'source/{path}.html'

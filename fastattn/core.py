@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['did_you_mean', 'check_name', 'is_whole', 'is_number', 'check_least', 'check_flags', 'per_dim', 'WriteError',
-           'write_atomic', 'md_cells']
+           'write_atomic', 'evaluating', 'md_cells']
 
 # %% ../nbs/00_core.ipynb #898c579b
 import os
-from contextlib import suppress
+from contextlib import contextmanager,suppress
 from difflib import get_close_matches
 from math import inf
 from numbers import Integral,Real
@@ -95,6 +95,17 @@ def write_atomic(
     except OSError as e: raise WriteError(e.errno, e.strerror, str(path)) from e
     finally:
         with suppress(OSError): tmp.unlink(missing_ok=True)
+
+# %% ../nbs/00_core.ipynb #co0a0011
+@contextmanager
+def evaluating(
+    model # A module of PyTorch
+):
+    "Within, `model` is in evaluation mode; afterwards, each of its modules is in the mode that it was in"
+    training = [m for m in model.modules() if m.training]
+    try: yield model.eval()
+    finally:
+        for m in training: m.training = True
 
 # %% ../nbs/00_core.ipynb #de0c89a9
 def md_cells(

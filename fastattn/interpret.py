@@ -13,7 +13,6 @@ import numpy as np
 import PIL.Image
 import torch
 import torch.nn.functional as F
-from contextlib import contextmanager
 from functools import partial
 from math import prod
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -23,7 +22,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend,sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from typing import NamedTuple
-from .core import is_number
+from .core import evaluating,is_number
 from .layers.position import GaussianSpan,window_steps
 from .layers.positional import PositionalSelfAttention
 from .layers.simple import SimpleSelfAttention
@@ -140,21 +139,13 @@ class _Watch(TorchDispatchMode):
         self.seen.append(_Seen(asked[0], windows[-1] if windows else None, weights.detach().clone(), dim))
 
 # %% ../nbs/04_interpret.ipynb #in0a000b
-@contextmanager
-def _evaluated(model):
-    "In evaluation mode for a while; then each module is in the mode that it was in"
-    training = [m for m in model.modules() if m.training]
-    try: yield model.eval()
-    finally:
-        for m in training: m.training = True
-
 def _watched(model, x):
     "What the layers of `model` compute when it sees `x`, in evaluation mode"
     fast = torch.backends.mha.get_fastpath_enabled()
     watch = _Watch(model)
     try:
         torch.backends.mha.set_fastpath_enabled(False) # it computes its softmax out of sight, as fused attention does
-        with torch.no_grad(),_evaluated(model),sdpa_kernel(SDPBackend.MATH),watch: model(x)
+        with torch.no_grad(),evaluating(model),sdpa_kernel(SDPBackend.MATH),watch: model(x)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
         for o in watch.hooks: o.remove()
@@ -332,7 +323,7 @@ def _class_maps(model, x):
         if isinstance(out, torch.Tensor) and out.dim()==4: seen[stage] = out
     try:
         hooks += [o[-1].register_forward_hook(partial(see, i)) for i,o in enumerate(stages, 1)]
-        with torch.enable_grad(),_evaluated(model):
+        with torch.enable_grad(),evaluating(model):
             y = model(x.clone().requires_grad_())
             grads = torch.autograd.grad(y[0].max(), list(seen.values())) if seen else ()
     finally:

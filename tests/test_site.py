@@ -19,7 +19,7 @@ from fastattn.recipes.data import digits_dls
 from fastattn.recipes.leaderboard import leaderboard
 from fastattn.recipes.run import Run
 from fastattn.recipes.train import make_parser as train_parser
-from symbols import Symbol,Signature,add_symbols,fold_exports,run_symbols,starts
+from symbols import Symbol,Signature,add_symbols,begin_page,fold_exports,run_symbols,starts,target
 
 cfg = get_config(__file__)
 root = cfg.config_path
@@ -311,6 +311,15 @@ def test_source_is_folded():
     cells = [(o.source,o.metadata.get('mystnb', {}).get('code_prompt_show')) for o in proc.nb.cells]
     assert cells==[('show_doc(b)',None), ('show_doc(a)',None), ('def b(): pass\ndef a(): pass','Source: b, a'), ('(_c)=',None), ('def _c(): pass','Source: _c'),
         ('(f)=',None), ('def f(): pass','Source: f'), ('e = 1',None)]
+
+def test_one_page_has_the_target():
+    "Of several pages, and of names that differ by capitals, the first; a page that is built again keeps its own"
+    nb = dict2nb(dict(cells=[mk_cell('1')], metadata={}, nbformat=4, nbformat_minor=5))
+    labels = {'_label': ('models/a','_label'), 'b': ('models/b','b')}
+    begin_page('models/a', nb, labels)
+    assert [target(o) for o in ('_label','b','Drop','drop','Drop')]==[['(_label)='],[],['(drop)='],[],['(drop)=']]
+    begin_page('models/c', nb, labels)
+    assert [target(o) for o in ('_label','drop')]==[[],['(drop)=']]
 
 def test_imports_are_run_alone():
     "A cell of imports and other code does not stop the build"

@@ -7,13 +7,12 @@ __all__ = ['NonLinearTransformer']
 
 # %% ../../nbs/models/04_nonlinear.ipynb #228a4191
 import math,torch
-from contextlib import contextmanager
 from fastcore.basics import patch
 from fastprogress.fastprogress import progress_bar
 from numbers import Real
 from torch import nn
 from typing import NamedTuple
-from ..core import check_least,check_name,is_number,is_whole
+from ..core import check_least,check_name,evaluating,is_number,is_whole
 from ..layers.dropconnect import _check_p
 from ..layers.local2d import Local2DAttention,NonLinearBlock
 from ..layers.position import SirenEncoding,window_steps
@@ -185,15 +184,6 @@ class _Sampling(NamedTuple):
         return _first(probs+self.noise(probs), written, count.minimum(left))
 
 # %% ../../nbs/models/04_nonlinear.ipynb #f11a020b
-@contextmanager
-def _evaluating(model):
-    "Without gradients, and in evaluation mode; then each module is in the mode that it was in"
-    training = [m for m in model.modules() if m.training]
-    try:
-        with torch.no_grad(): yield model.eval()
-    finally:
-        for m in training: m.training = True
-
 def _write(model, prompt, steps, label, how):
     "`prompt` (B, rows, columns), and what it is after each of the `steps`"
     tokens,todo = prompt.clamp(min=0),prompt<0
@@ -303,7 +293,7 @@ def generate(self:NonLinearTransformer,
     prompt = _check_prompt(self.matrix_dim if prompt is None else prompt, self.vocab_size)
     batch = prompt.to(self.head.weight.device).view(-1, *prompt.shape[-2:])
     how = _Sampling(temperature, top_k, top_p, _ranks(order, batch, generator), guidance, remask, generator)
-    with _evaluating(self): written = _write(self, batch, steps, label, how)
+    with torch.no_grad(),evaluating(self): written = _write(self, batch, steps, label, how)
     written = [o.view(prompt.shape) for o in written]
     return written if frames else written[-1]
 
@@ -342,5 +332,5 @@ def classify(self:NonLinearTransformer,
         chosen = torch.rand(batch.shape, generator=generator)<(i+0.5)/rounds
         hidden = known & chosen.to(batch.device)
         weight = _count(known)/_count(hidden).clamp(min=1)/rounds # (B,): as if all known cells were hidden
-        with _evaluating(self): scores = scores+_class_scores(self, given, known, hidden)*weight[:,None]
+        with torch.no_grad(),evaluating(self): scores = scores+_class_scores(self, given, known, hidden)*weight[:,None]
     return scores.log_softmax(-1).view(*tokens.shape[:-2], -1)

@@ -89,10 +89,6 @@ def xresnet50_deeper_ssa(pretrained=False, **kwargs): return attn_xresnet(xresne
 def xresnet50_deeper_ssa_sym(pretrained=False, **kwargs): return attn_xresnet(xresnet50_deeper, 'ssa_sym', pretrained=pretrained, **kwargs)
 
 # %% ../../nbs/models/01_xresnet.ipynb #a1150007
-# architectures that have functions `_ssa` and `_ssa_sym`
-_named = ['xresnet18','xresnet34','xresnet50','xresnet101','xresnet152',
-    'xresnet18_deep','xresnet34_deep','xresnet50_deep','xresnet18_deeper','xresnet34_deeper','xresnet50_deeper']
-
 _all_ = ['xresnet18_ssa','xresnet18_ssa_sym','xresnet34_ssa','xresnet34_ssa_sym',
     'xresnet50_ssa','xresnet50_ssa_sym','xresnet101_ssa','xresnet101_ssa_sym',
     'xresnet152_ssa','xresnet152_ssa_sym','xresnet18_deep_ssa','xresnet18_deep_ssa_sym',
@@ -111,5 +107,4 @@ def _describe(f):
     f.__signature__ = inspect.signature(f).replace(parameters=[mine['pretrained'],*params])
     model_meta[f] = {**model_meta[xresnet18], 'split': partial(attn_last, model_meta[xresnet18]['split'])}
 
-for o in _named:
-    for sym in ('','_sym'): _describe(globals()[f'{o}_ssa{sym}'])
+for o in _all_: _describe(globals()[o])

@@ -14,7 +14,7 @@ from scipy import stats
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.power import TTestIndPower,TTestPower
 from fastcore.basics import patch
-from ..core import check_least,check_name,md_cells,write_atomic
+from ..core import check_least,check_name,is_number,md_cells,write_atomic
 from .run import read_examples,_share
 
 # %% ../../nbs/recipes/02_answer.ipynb #9021489d
@@ -71,18 +71,16 @@ def _is_run(record):
     named = isinstance(config.get('data'), str) and all(isinstance(config.get(k), int) for k in ('size','epochs'))
     return ('comparison' in config or named) and all(isinstance(row, dict) for row in record['epochs'])
 
-def _is_number(value): return isinstance(value, (int,float)) and math.isfinite(value)
-
 def _check_values(record):
     "Raise a `ValueError` that names a value of `record` that is not a number, or not a possible one"
-    if record.get('params') is not None and not _is_number(record['params']):
+    if record.get('params') is not None and not is_number(record['params']):
         raise ValueError(f"has params {record['params']!r}, which is not a number")
     for row in record['epochs']:
         for k in ('train_loss','valid_loss'):
             if k in row and not isinstance(row[k], (int,float)): raise ValueError(f"has an epoch whose {k} is {row[k]!r}")
     if record['state']!='done': return
     for k in ('value','time_s'):
-        if not _is_number(record.get(k)): raise ValueError(f"is done, but its {k} is {record.get(k)!r}")
+        if not is_number(record.get(k)): raise ValueError(f"is done, but its {k} is {record.get(k)!r}")
     if record['metric'] in _share and not 0<=record['value']<=1:
         raise ValueError(f"has {record['metric']} {record['value']}, which is not between 0 and 1")
 

@@ -164,12 +164,11 @@ def _plans_of(data=None, arch=None, runs=None, seed=0, until=None, hours=None, p
     **options):
     "The plans that the words of `train` ask for. Raises `ValueError` for words that make no sense"
     if runs is not None and runs<1: raise ValueError(f"runs must be at least 1, got {runs}")
-    if until is None and hours is not None: raise ValueError("hours is the limit of until, which is not given")
     words = {k: v for k,v in merge(dict(data=data, opt=opt), options).items() if v is not None}
     own = None if preset or board else _of_files(arch, words)
     configs,usual = (own,1) if own else _configs(data, arch, opt, preset, board, options)
     n = ifnone(runs, usual)
-    seeds = range(seed, seed+n) if runs or not until else _check_limits(None, until, hours)
+    seeds = _check_limits(range(seed, seed+n) if runs or not until else None, until, hours)
     _check_numbers(configs)
     return _plans(configs, out, seeds, until, hours, workers)
 
@@ -227,7 +226,6 @@ def _lr_find(learn, path):
 
 def _start_processes():
     "Let the processes that accelerate (or torchrun) has started know each other"
-    import torch
     try: from accelerate import PartialState
     except ImportError as e: raise ImportError("several processes need the package accelerate: pip install fastattn[distrib]") from e
     PartialState(cpu=not torch.cuda.is_available())
