@@ -459,15 +459,16 @@ def mask_of(f): return f.parent/'masks'/f.name
 @pytest.mark.parametrize('how', ['arch','encoder','decoder'])
 def test_unet(how, tmp_path):
     "Attention in the encoder by the architecture or by add_attn, and in the decoder by the names of its blocks; with export"
-    from fastai.basics import load_learner
+    from fastai.basics import load_learner,set_seed
     from fastai.vision.learner import unet_learner
+    set_seed(0)
     dls = segmentation(tmp_path)
     learn = unet_learner(dls, xresnet18_ssa if how=='arch' else tv.resnet18, pretrained=False, n_out=2, path=tmp_path)
     if how=='encoder': learn.add_attn('ssa', stages=[1,2])
     if how=='decoder': learn.add_attn('ssa', stages=['layers.5','layers.6'])
     layers = attn_layers(learn.model)
     assert len(layers)==(1 if how=='arch' else 2)
-    losses = [quiet_fit(learn, lr=1e-3).recorder.values[-1][0] for _ in range(3)]
+    losses = [quiet_fit(learn, lr=1e-4).recorder.values[-1][0] for _ in range(3)]
     assert losses[-1]<losses[0] and all(o.gamma.item()!=0 for o in layers)
     learn.export()
     x = dls.valid.one_batch()[0]
